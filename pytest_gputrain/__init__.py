@@ -1,0 +1,90 @@
+"""pytest-gputrain tells the truth about training code: on every rank, on the GPUs you have, or with none.
+
+This module is the pytest plugin (``-p pytest_gputrain``) and the public surface in one, because only then do
+the entry point, ``-p`` and a bare checkout all load the same thing under the same name, never twice. It
+imports no torch: public names are fetched when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+# Must come before anything imports the checks: their test modules keep their plain asserts otherwise.
+pytest.register_assert_rewrite("pytest_gputrain.checks")
+
+from pytest_gputrain.plugin.fixtures import ddp_launcher, gpu_count, grad_tracer  # noqa: E402
+from pytest_gputrain.plugin.hooks import (  # noqa: E402
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_report_header,
+    pytest_runtest_setup,
+    pytest_sessionstart,
+    pytest_unconfigure,
+)
+
+if TYPE_CHECKING:
+    from pytest_gputrain.case import TrainingCase
+    from pytest_gputrain.checks import CheckResult, parametrize_with_checks, run_checks
+    from pytest_gputrain.launch import Cause, LaunchError, LaunchResult, Verdict, launch
+
+    requires_gpus: pytest.MarkDecorator
+    stability: pytest.MarkDecorator
+
+__version__ = "0.1.0"
+
+# Public name -> the room it lives in. `launch` is at once that room and, because the room's module can be
+# called, the function: whoever imports the room first, `from pytest_gputrain import launch` gives the same.
+_LAZY = {
+    "TrainingCase": "case",
+    "CheckResult": "checks",
+    "parametrize_with_checks": "checks",
+    "run_checks": "checks",
+    "Cause": "launch",
+    "LaunchError": "launch",
+    "LaunchResult": "launch",
+    "Verdict": "launch",
+}
+_ROOMS = ("launch",)
+_MARKERS = ("requires_gpus", "stability")
+
+__all__ = [
+    "Cause",
+    "CheckResult",
+    "LaunchError",
+    "LaunchResult",
+    "TrainingCase",
+    "Verdict",
+    "ddp_launcher",
+    "gpu_count",
+    "grad_tracer",
+    "launch",
+    "parametrize_with_checks",
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_report_header",
+    "pytest_runtest_setup",
+    "pytest_sessionstart",
+    "pytest_unconfigure",
+    "requires_gpus",
+    "run_checks",
+    "stability",
+]
+
+
+# No __dir__ beside this: pytest fetches every name that dir() of a plugin shows, and so would import torch.
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"{__name__}.{name}")
+    elif name in _MARKERS:
+        return getattr(pytest.mark, name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value

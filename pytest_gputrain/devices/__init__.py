@@ -1,0 +1,19 @@
+"""Which GPUs exist and which of them this process may use. Imports nothing heavy, creates no CUDA context."""
+
+from __future__ import annotations
+
+from pytest_gputrain.devices.inventory import Gpu, Inventory, discover
+from pytest_gputrain.devices.shortage import describe_found, shortage
+from pytest_gputrain.devices.sizes import format_size, parse_size
+from pytest_gputrain.devices.visible import visible_gpus
+
+__all__ = [
+    "Gpu",
+    "Inventory",
+    "describe_found",
+    "discover",
+    "format_size",
+    "parse_size",
+    "shortage",
+    "visible_gpus",
+]

@@ -1,0 +1,42 @@
+"""Memory sizes as people write them: ``80GB``, ``79.1 GiB``, ``1024``."""
+
+from __future__ import annotations
+
+import re
+
+# Vendors sell "80 GB" and mean at least 80 * 10**9 bytes; GiB is there for those who mean 2**30.
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+LEGAL_SIZE = 'a size above zero such as "80GB", "79.1GiB" or a number of bytes'
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(size: str | int) -> int:
+    """Return ``size`` in bytes. Raises ``ValueError`` saying what is legal."""
+    number, unit = float("nan"), ""
+    if isinstance(size, int) and not isinstance(size, bool):
+        number = size
+    elif isinstance(size, str) and (match := _SIZE.fullmatch(size)):
+        number, unit = float(match[1]), match[2].upper()
+    if unit not in UNITS or not number * UNITS[unit] >= 1:
+        raise ValueError(f"{size!r} is not {LEGAL_SIZE}")
+    return int(number * UNITS[unit])
+
+
+def format_size(num_bytes: int) -> str:
+    """Return ``num_bytes`` for people, in binary units: ``79.6 GiB``."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes} bytes"

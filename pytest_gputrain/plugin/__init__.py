@@ -1,0 +1,1 @@
+"""The only room that knows pytest: options, hooks, markers, fixtures, terminal, xdist."""

@@ -1,0 +1,48 @@
+"""The fixtures. Each imports its room when first used, so that loading the plugin imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import nn
+
+    from pytest_gputrain.plugin.launcher import PytestLauncher
+    from pytest_gputrain.trace.gradients import GradientRecord
+
+
+@pytest.fixture
+def gpu_count() -> int:
+    """Return how many GPUs this test may use.
+
+    ``CUDA_VISIBLE_DEVICES`` is respected (by index, UUID and MIG); no CUDA context is created.
+    """
+    from pytest_gputrain.devices import discover, visible_gpus
+
+    return len(visible_gpus(discover(), os.environ))
+
+
+@pytest.fixture
+def ddp_launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PytestLauncher:
+    """Return a launcher: ``ddp_launcher(function, *args, world_size=2, …)`` runs the function on every rank.
+
+    A launch that is not PASSED fails the test with the cause first; one that is SKIPPED skips the test.
+    With ``check=False`` the ``LaunchResult`` comes back whatever the verdict.
+    """
+    from pytest_gputrain.plugin.launcher import launcher_for
+
+    return launcher_for(request.node, tmp_path_factory)
+
+
+@pytest.fixture
+def grad_tracer() -> Callable[[nn.Module], AbstractContextManager[GradientRecord]]:
+    """Return ``grad_tracer(model)``, a context manager that records which parameters got a gradient."""
+    from pytest_gputrain.trace import gradients
+
+    return gradients.grad_tracer

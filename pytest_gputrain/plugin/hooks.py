@@ -1,0 +1,73 @@
+"""The hooks, thin: each hands over to the module that knows. Re-exported by the package, which is the plugin.
+
+Only what every session needs is imported here; what costs time is imported by the hook that needs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator
+
+import pytest
+
+from pytest_gputrain.plugin import markers, settings, terminal
+
+
+def is_xdist_worker(config: pytest.Config) -> bool:
+    """Whether this process runs tests for another one that reports them."""
+    return hasattr(config, "workerinput")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    settings.add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    markers.register(config)
+    resolved = settings.resolve(config)
+    terminal.check_pretended_gpus()
+    if not is_xdist_worker(config):
+        config.pluginmanager.register(terminal.Ledger(resolved.require_gpus or 0), "gputrain-ledger")
+    if config.pluginmanager.hasplugin("xdist"):
+        from pytest_gputrain.plugin.xdist import XdistHooks
+
+        config.pluginmanager.register(XdistHooks(), "gputrain-xdist")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    # Only a session that launched has fork servers to end; importing the room to ask would cost the others.
+    if (launch := sys.modules.get("pytest_gputrain.launch")) is not None:
+        launch.shutdown()
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    return terminal.header(settings.settings_of(config))
+
+
+# Before the terminal and xdist, so that not even a worker starts when GPUs are missing.
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    num_gpus = settings.settings_of(session.config).require_gpus or 0
+    if num_gpus and not is_xdist_worker(session.config) and (lack := terminal.missing_gpus(num_gpus)):
+        pytest.exit(lack, returncode=pytest.ExitCode.TESTS_FAILED)
+
+
+# Before pytest's own -m, so that `-m gpu` sees the markers added here.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    try:
+        markers.prepare(items)
+    except pytest.UsageError as error:
+        if not is_xdist_worker(config):
+            raise
+        from pytest_gputrain.plugin.xdist import refuse
+
+        refuse(config, items, error)
+
+
+# A wrapper: the skip mark must be there before pytest's own skipping, which then reports the test's location.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    if reason := markers.skip_reason(item):
+        item.add_marker(pytest.mark.skip(reason=reason))
+    return (yield)

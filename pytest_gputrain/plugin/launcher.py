@@ -1,0 +1,105 @@
+"""The launcher a test gets: the launch room's own, speaking pytest when a launch does not pass."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_gputrain.devices import discover, visible_gpus
+from pytest_gputrain.launch import LaunchDefaults, Launcher, LaunchError, LaunchUsageError, Verdict
+from pytest_gputrain.plugin.markers import SHORTAGE_PROPERTY
+from pytest_gputrain.plugin.settings import settings_of
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_gputrain.launch import LaunchResult
+
+# File systems allow 255 bytes a name; the launch adds names of its own below.
+MAX_FOLDER_NAME = 120
+
+
+# pytest types its exception as a variable, so mypy cannot see the base class.
+class LaunchFailure(LaunchError, pytest.fail.Exception):  # type: ignore[name-defined,misc]
+    """A ``LaunchError`` of which pytest shows the text alone, so that the cause is the first line.
+
+    The frames of this process say nothing that the summary does not say better, by rank.
+    """
+
+    def __init__(self, result: LaunchResult) -> None:
+        LaunchError.__init__(self, result)
+        self.msg = str(self)
+        self.pytrace = False
+
+
+# How pytest names the class in its short summary: `FAILED test_x.py::test_a - LaunchError: HUNG after …`.
+LaunchFailure.__name__ = LaunchFailure.__qualname__ = "LaunchError"
+LaunchFailure.__module__ = "builtins"
+
+
+# Marked final for type checkers only; this is a usage error of pytest and a ValueError for who catches it.
+class LauncherUsageError(LaunchUsageError, pytest.UsageError):  # type: ignore[misc]
+    """Bad input to ``ddp_launcher``: one line, raised before any rank starts."""
+
+
+class PytestLauncher(Launcher):
+    """``Launcher`` with this session's settings, whose failures are test outcomes."""
+
+    def __init__(self, node: pytest.Item, defaults: LaunchDefaults) -> None:
+        super().__init__(defaults=defaults)
+        self._node = node
+
+    def __call__(self, *args: Any, **kwargs: Any) -> LaunchResult:
+        __tracebackhide__ = True
+        return self._in_pytest(super().__call__, *args, **kwargs)
+
+    def torchrun(self, *args: Any, **kwargs: Any) -> LaunchResult:
+        __tracebackhide__ = True
+        return self._in_pytest(super().torchrun, *args, **kwargs)
+
+    def _in_pytest(self, launch: Callable[..., LaunchResult], *args: Any, **kwargs: Any) -> LaunchResult:
+        __tracebackhide__ = True
+        try:
+            return launch(*args, **kwargs)
+        except LaunchUsageError as error:
+            raise LauncherUsageError(str(error)) from None
+        except LaunchError as error:
+            result = error.result
+        if result.verdict is Verdict.SKIPPED:
+            self._skip(str(result.cause) if result.cause else result.summary())
+        raise LaunchFailure(result)
+
+    def _skip(self, reason: str) -> None:
+        __tracebackhide__ = True
+        if reason.startswith("needs "):  # for lack of hardware: the terminal counts these
+            self._node.user_properties.append((SHORTAGE_PROPERTY, reason))
+        pytest.skip(reason)
+
+
+def launcher_for(node: pytest.Item, tmp_path_factory: pytest.TempPathFactory) -> PytestLauncher:
+    """Return the launcher of one test. Folders are made by the first launch, not before."""
+    settings = settings_of(node.config)
+    artifacts = (settings.report or tmp_path_factory.getbasetemp() / "gputrain") / folder_name(node.nodeid)
+    gpus = visible_gpus(discover(), os.environ)
+    defaults = LaunchDefaults(
+        timeout=settings.timeout,
+        stall=settings.stall,
+        device="cuda" if node.get_closest_marker("requires_gpus") else "cpu",
+        artifacts=artifacts,
+        gpus=tuple(gpu.uuid for gpu in gpus),
+    )
+    return PytestLauncher(node, defaults)
+
+
+def folder_name(nodeid: str) -> str:
+    """Return a folder name that tells people which test it was and that no other test shares."""
+    name = re.sub(r"[^\w.]+", "-", nodeid).strip("-.")
+    if "[" not in nodeid and len(name) <= MAX_FOLDER_NAME:
+        return name
+    # Parameters may differ only in characters that a file system does not take, or beyond the cut.
+    return f"{name[:MAX_FOLDER_NAME]}-{hashlib.sha256(nodeid.encode()).hexdigest()[:8]}"

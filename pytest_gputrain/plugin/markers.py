@@ -1,0 +1,134 @@
+"""The markers: their signatures, what is legal in them, and what they do to a test."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pytest
+
+from pytest_gputrain.devices.shortage import need, shortage
+from pytest_gputrain.devices.sizes import LEGAL_SIZE, parse_size
+from pytest_gputrain.plugin.settings import settings_of
+
+DESCRIPTIONS = (
+    "requires_gpus(n=1, *, memory=None): skip unless n GPUs are found, each with that memory ('80GB'); "
+    "adds the marker gpu.",
+    "gpu: runs on a GPU; requires_gpus adds it, so that -m gpu selects these tests.",
+    "stability(depth=20, iterations=1000): a long run; skipped unless --stability or a -m that names it is given.",
+)
+
+# How a test tells the terminal what it needs. Under xdist this crosses processes: strings only.
+GPU_PROPERTY = "gputrain_gpu"
+SHORTAGE_PROPERTY = "gputrain_shortage"
+
+_Read = TypeVar("_Read")
+
+
+@dataclass(frozen=True)
+class GpuNeed:
+    """What ``requires_gpus`` asks for."""
+
+    num_gpus: int
+    memory: str | int | None
+
+    def __str__(self) -> str:
+        return need(self.num_gpus, self.memory)
+
+
+@dataclass(frozen=True)
+class StabilityPlan:
+    """What ``stability`` asks for: the depth of the model and the number of training steps."""
+
+    depth: int
+    iterations: int
+
+
+def register(config: pytest.Config) -> None:
+    """Declare the markers, with their full signatures."""
+    for description in DESCRIPTIONS:
+        config.addinivalue_line("markers", description)
+
+
+def prepare(items: list[pytest.Item]) -> None:
+    """Check the arguments of every marker and add ``gpu`` where it follows.
+
+    Has to come before pytest's own ``-m``. Raises ``pytest.UsageError`` naming the test and what is legal.
+    """
+    for item in items:
+        _validated(item, "requires_gpus", gpu_need)
+        _validated(item, "stability", stability_plan)
+        if item.get_closest_marker("requires_gpus") and not item.get_closest_marker("gpu"):
+            item.add_marker("gpu")
+        if item.get_closest_marker("gpu"):
+            item.user_properties.append((GPU_PROPERTY, "yes"))
+
+
+def _validated(item: pytest.Item, name: str, read: Callable[[pytest.Mark], object]) -> None:
+    for mark in item.iter_markers(name):
+        try:
+            read(mark)
+        except (TypeError, ValueError) as error:
+            given = ", ".join(
+                [*map(repr, mark.args), *(f"{key}={value!r}" for key, value in mark.kwargs.items())]
+            )
+            raise pytest.UsageError(f"{item.nodeid}: {name}({given}): {error}") from None
+
+
+def gpu_need(mark: pytest.Mark) -> GpuNeed:
+    """Read ``requires_gpus``. Raises ``ValueError`` or ``TypeError`` saying what is legal."""
+
+    def requires_gpus(n: object = 1, *, memory: object = None) -> GpuNeed:
+        num_gpus = _whole("n", n)
+        if memory is None:
+            return GpuNeed(num_gpus, None)
+        if not isinstance(memory, (str, int)):
+            raise ValueError(f"memory must be {LEGAL_SIZE}")
+        try:
+            parse_size(memory)
+        except ValueError:
+            raise ValueError(f"memory must be {LEGAL_SIZE}") from None
+        return GpuNeed(num_gpus, memory)
+
+    return _bound(requires_gpus, mark, "requires_gpus(n=1, *, memory=None)")
+
+
+def stability_plan(mark: pytest.Mark) -> StabilityPlan:
+    """Read ``stability``. Raises ``ValueError`` or ``TypeError`` saying what is legal."""
+
+    def stability(depth: object = 20, iterations: object = 1000) -> StabilityPlan:
+        return StabilityPlan(_whole("depth", depth), _whole("iterations", iterations))
+
+    return _bound(stability, mark, "stability(depth=20, iterations=1000)")
+
+
+def skip_reason(item: pytest.Item) -> str | None:
+    """Return why this test must not run here and now, or None when it may."""
+    if item.get_closest_marker("stability") and not _stability_asked(item.config):
+        return "a stability run; ask for it with --stability or -m stability"
+    if mark := item.get_closest_marker("requires_gpus"):
+        needed = gpu_need(mark)
+        if lack := shortage(needed.num_gpus, needed.memory):
+            item.user_properties.append((SHORTAGE_PROPERTY, lack))
+            return lack
+    return None
+
+
+def _stability_asked(config: pytest.Config) -> bool:
+    expression = str(config.getoption("markexpr", "") or "")
+    return settings_of(config).stability or re.search(r"\bstability\b", expression) is not None
+
+
+def _whole(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number from 1 up")
+    return value
+
+
+def _bound(read: Callable[..., _Read], mark: pytest.Mark, signature: str) -> _Read:
+    try:
+        return read(*mark.args, **mark.kwargs)
+    except TypeError:
+        raise TypeError(f"the marker is {signature}") from None
