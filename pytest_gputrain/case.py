@@ -1,0 +1,137 @@
+"""`TrainingCase`: a training loop taken apart into named functions.
+
+Each default is the right thing, so that a case usually is three functions, and a planted bug is one
+field replaced. Importing this module imports no torch; nothing here builds a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from pytest_gputrain import defaults
+from pytest_gputrain.loading import CaseError, LazyCallable, load_case
+
+__all__ = ["CaseError", "LossReduction", "TrainingCase", "load_case"]
+
+LossReduction = Literal["mean", "sum", "token_mean"]
+Function = Callable[..., Any]
+
+# These may stay None: "not given" has a meaning of its own (a check is skipped, or a default is used).
+_OPTIONAL = ("num_targets", "parallelize", "set_checkpointing")
+_NOT_FUNCTIONS = ("name", "loss_reduction", "expected_failures")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCase:
+    """What a user hands over: how to build the model, make a batch and compute the loss.
+
+    Any function may be given as ``"package.module:attribute"``; it is looked up when first called.
+
+    name:              shows in ids, ``test_training[gpt-ddp_parity]``
+    model:             ``model() -> nn.Module``, fresh weights (the caller seeds)
+    batch:             ``batch(batch_size, device) -> Any``, one batch, any nesting of tensors, drawn
+                       from the torch random generator
+    loss:              ``loss(model, batch) -> Tensor``, a scalar
+    loss_reduction:    how ``loss`` joins samples: "mean", "sum" or "token_mean" (needs ``num_targets``)
+    num_targets:       ``num_targets(batch) -> int``, the tokens that count in the loss
+    split:             ``split(batch, n) -> list`` of micro-batches; default cuts dimension 0
+    optimizer:         ``optimizer(model) -> Optimizer``; default AdamW, learning rate 1e-3
+    step:              ``step(model, optimizer, micro_batches) -> Tensor``, one optimizer step
+    wrap:              ``wrap(model) -> nn.Module``; default ``DistributedDataParallel``
+    compile:           ``compile(model) -> nn.Module``; default ``torch.compile(model, dynamic=False)``
+    parallelize:       ``parallelize(model, mesh) -> nn.Module`` or a plan mapping; default none
+    set_checkpointing: ``set_checkpointing(model, layers: slice | None)``; default none
+    state_dict:        ``state_dict(model) -> dict``; default the unwrapped model's
+    batches:           ``batches() -> Iterable``, the real data stream; default repeats ``batch``
+    expected_failures: check id -> reason; strict: a check that passes after all is a failure
+
+    Raises CaseError (a ValueError) with one line when a field cannot be what it has to be.
+    """
+
+    name: str
+    model: Function | str
+    batch: Function | str
+    loss: Function | str
+    loss_reduction: LossReduction = "mean"
+    num_targets: Function | str | None = None
+    split: Function | str = defaults.split
+    optimizer: Function | str = defaults.optimizer
+    step: Function | str = defaults.UNBOUND_STEP
+    wrap: Function | str = defaults.wrap
+    compile: Function | str = defaults.compile_model
+    parallelize: Function | Mapping[str, Any] | str | None = None
+    set_checkpointing: Function | str | None = None
+    state_dict: Function | str = defaults.state_dict
+    batches: Function | str = defaults.UNBOUND_BATCHES
+    expected_failures: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_name()
+        for spec in fields(self):
+            if spec.name not in _NOT_FUNCTIONS:
+                self._set(spec.name, self._function(spec.name))
+        self._check_reduction()
+        self._check_expected_failures()
+        # Bound here, not in the default, so that dataclasses.replace(case, loss=...) steps with the new loss.
+        if isinstance(self.step, defaults.DefaultStep):
+            self._set("step", defaults.DefaultStep(self.loss, self.loss_reduction, self.num_targets))
+        if isinstance(self.batches, defaults.DefaultBatches):
+            self._set("batches", defaults.DefaultBatches(self.batch))
+
+    @property
+    def has_own_step(self) -> bool:
+        return not isinstance(self.step, defaults.DefaultStep)
+
+    @property
+    def has_own_batches(self) -> bool:
+        return not isinstance(self.batches, defaults.DefaultBatches)
+
+    def __repr__(self) -> str:
+        return f"TrainingCase({self.name!r})"
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _function(self, name: str) -> Any:
+        value = getattr(self, name)
+        if value is None and name in _OPTIONAL:
+            return None
+        if isinstance(value, str):
+            return LazyCallable(value, f"{self.name}.{name}")
+        if callable(value) or (name == "parallelize" and isinstance(value, Mapping)):
+            return value
+        raise CaseError(
+            f"case {self.name!r}: {name} is {value!r} ({type(value).__name__}); "
+            'give a function or "package.module:attribute"'
+        )
+
+    def _check_name(self) -> None:
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise CaseError(f"a case's name is {self.name!r}; give a non-empty string, it shows in test ids")
+
+    def _check_reduction(self) -> None:
+        legal = get_args(LossReduction)
+        if self.loss_reduction not in legal:
+            raise CaseError(
+                f"case {self.name!r}: loss_reduction is {self.loss_reduction!r}; "
+                f"give one of {', '.join(legal)}"
+            )
+        if self.loss_reduction == "token_mean" and self.num_targets is None:
+            raise CaseError(
+                f"case {self.name!r}: loss_reduction 'token_mean' needs num_targets(batch), "
+                "the number of tokens that count in the loss"
+            )
+
+    def _check_expected_failures(self) -> None:
+        given = self.expected_failures
+        well_formed = isinstance(given, Mapping) and all(
+            isinstance(check, str) and isinstance(reason, str) and reason.strip()
+            for check, reason in given.items()
+        )
+        if not well_formed:
+            raise CaseError(
+                f"case {self.name!r}: expected_failures is {given!r}; "
+                "give a mapping from check id to the reason"
+            )
