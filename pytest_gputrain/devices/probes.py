@@ -109,14 +109,14 @@ def by_nvidia_smi(notes: list[str], path: str | None = None) -> Inventory | None
     tool = shutil.which("nvidia-smi", path=path)
     if tool is None:
         return None
-    command = [
-        tool,
-        "--query-gpu=index,uuid,name,memory.total,driver_version",
-        "--format=csv,noheader,nounits",
-    ]
+    query = "--query-gpu=index,uuid,name,memory.total,driver_version"
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT
+            [tool, query, "--format=csv,noheader,nounits"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=NVIDIA_SMI_TIMEOUT,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         notes.append(f"nvidia-smi did not answer: {error}")

@@ -16,8 +16,6 @@ from pytest_gputrain.plugin.markers import SHORTAGE_PROPERTY
 from pytest_gputrain.plugin.settings import settings_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from pytest_gputrain.launch import LaunchResult
 
 # File systems allow 255 bytes a name; the launch adds names of its own below.

@@ -17,7 +17,7 @@ DESCRIPTIONS = (
     "requires_gpus(n=1, *, memory=None): skip unless n GPUs are found, each with that memory ('80GB'); "
     "adds the marker gpu.",
     "gpu: runs on a GPU; requires_gpus adds it, so that -m gpu selects these tests.",
-    "stability(depth=20, iterations=1000): a long run; skipped unless --stability or a -m that names it is given.",
+    "stability(depth=20, iterations=1000): a long run; skipped unless --stability is given or -m names it.",
 )
 
 # How a test tells the terminal what it needs. Under xdist this crosses processes: strings only.

@@ -18,6 +18,8 @@ import pytest
 
 COMMAND_LINE = "the command line"
 DEFAULT = "default"
+TRUE = ("true", "1", "yes", "on")
+FALSE = ("false", "0", "no", "off")
 
 
 @dataclass(frozen=True)
@@ -97,16 +99,9 @@ def _parse_seconds(text: str, folder: Path) -> float:
 
 
 def _parse_flag(text: str, folder: Path) -> bool:
-    return {
-        "true": True,
-        "1": True,
-        "yes": True,
-        "on": True,
-        "false": False,
-        "0": False,
-        "no": False,
-        "off": False,
-    }[text.strip().lower()]
+    if text.lower() not in (*TRUE, *FALSE):
+        raise ValueError
+    return text.lower() in TRUE
 
 
 SETTINGS = (
@@ -185,7 +180,7 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def resolve(config: pytest.Config, environ: Mapping[str, str] = os.environ) -> Settings:
-    """Return this session's settings and keep them. Raises ``pytest.UsageError`` for a value that is not legal."""
+    """Return this session's settings and keep them. Raises ``pytest.UsageError`` for an illegal value."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for setting in SETTINGS:
@@ -225,7 +220,7 @@ def _parsed(setting: Setting, given: _Given) -> object:
     for text in given.texts:
         try:
             values.append(setting.parse(text, given.folder))
-        except (ValueError, KeyError):
+        except ValueError:
             raise pytest.UsageError(
                 f"{setting.option}: {text!r} (from {given.origin}) is not legal; give {setting.legal}"
             ) from None

@@ -1,4 +1,4 @@
-"""What the user reads: the header, what did not run for lack of hardware, and whether required GPUs were used."""
+"""What the user reads: the header, what did not run for lack of hardware, whether required GPUs were used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_gputrain.plugin.settings import SETTINGS, Settings, not_default
 
 
 def check_pretended_gpus() -> None:
-    """Raise ``pytest.UsageError`` now when ``GPUTRAIN_FAKE_GPUS`` cannot be read, not in the middle of a test."""
+    """Raise ``pytest.UsageError`` at once, not within a test, when ``GPUTRAIN_FAKE_GPUS`` cannot be read."""
     if os.environ.get(FAKE_VARIABLE):
         try:
             discover()
@@ -23,7 +23,7 @@ def check_pretended_gpus() -> None:
 
 
 def header(settings: Settings) -> list[str]:
-    """Return the lines at the top of a run: the hardware, how it was found, and the settings with their origin."""
+    """Return the lines above a run: the hardware, how it was found, the settings and where they come from."""
     driver = discover().driver
     hardware = f"gputrain: GPUs found: {describe_found()}" + (f", driver {driver}" if driver else "")
     given = not_default(settings)
