@@ -1,0 +1,220 @@
+"""``gputrain``: the shipped checks without pytest.
+
+Exit codes: 0 every check that ran passed; 1 a check failed or could not be carried out; 2 bad input, one line
+on standard error, nothing was started; 5 nothing ran (every check was skipped), which proves nothing;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from pytest_gputrain.case import TrainingCase
+    from pytest_gputrain.checks import CheckResult
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING_RAN, EXIT_INTERRUPTED = 0, 1, 2, 5, 130
+DEVICES = ("cpu", "cuda")
+
+
+class _UsageError(Exception):
+    """Bad input; the message is one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: argparse would print the whole usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _check(options)
+    except _UsageError as error:
+        print(f"gputrain check: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print("gputrain check: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="gputrain", description="Tells the truth about training code.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    check = commands.add_parser(
+        "check",
+        help="run the shipped checks over training cases",
+        description="Run the shipped checks over your training cases, or over the embedded reference models.",
+        epilog="Exit codes: 0 passed, 1 failed, 2 bad input, 5 nothing ran (all skipped), 130 interrupted.",
+    )
+    check.add_argument("specs", nargs="*", metavar="MODULE:ATTR", help="training cases (default: reference)")
+    # No default list: argparse appends to the default object itself.
+    check.add_argument(
+        "--gputrain-case", action="append", metavar="MODULE:ATTR", help="the same, as in pytest"
+    )
+    check.add_argument("--checks", metavar="A,B", help="ids of the checks to run (default: all)")
+    check.add_argument(
+        "--world-size", type=_ranks, default=2, metavar="N", help="number of ranks (default: 2)"
+    )
+    check.add_argument(
+        "--device", type=_device, default="cpu", help="cpu (gloo) or cuda (nccl); default: cpu"
+    )
+    check.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="deadline of one launch")
+    check.add_argument("--json", type=_file, metavar="FILE", help="also write the results there")
+    return parser
+
+
+def _ranks(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a number of ranks from 1 up")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    if text not in DEVICES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give {' or '.join(DEVICES)}")
+    return text
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a number of seconds above 0")
+    return seconds
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a file in a folder that is there")
+    return path
+
+
+def _check(options: argparse.Namespace) -> int:
+    from pytest_gputrain import checks as room
+    from pytest_gputrain.launch import LaunchUsageError
+
+    ids = _selected(options.checks, room.all_check_ids())
+    _require_gpus(options)
+    cases = _cases([*options.specs, *(options.gputrain_case or ())])
+    show = _table([case.name for case in cases], ids)
+    results: list[CheckResult] = []
+    try:
+        for case in cases:
+            results += room.run_checks(
+                case,
+                checks=list(ids),
+                device=options.device,
+                world_size=options.world_size,
+                timeout=options.timeout,
+                on_result=show,
+            )
+    except (room.CaseError, LaunchUsageError) as error:
+        raise _UsageError(str(error)) from None
+    return _finish(results, options)
+
+
+def _selected(wanted: str | None, legal: tuple[str, ...]) -> tuple[str, ...]:
+    if wanted is None:
+        return legal
+    ids = tuple(dict.fromkeys(part.strip() for part in wanted.split(",") if part.strip()))
+    unknown = [check for check in ids if check not in legal]
+    if unknown or not ids:
+        named = ", ".join(map(repr, unknown)) or repr(wanted)
+        raise _UsageError(f"--checks: {named} is no check; legal are {', '.join(legal)}")
+    return ids
+
+
+def _require_gpus(options: argparse.Namespace) -> None:
+    from pytest_gputrain.devices import shortage
+
+    if options.device == "cuda" and (lack := shortage(options.world_size)):
+        raise _UsageError(
+            f"--device cuda --world-size {options.world_size} {lack}; give --device cpu or fewer ranks"
+        )
+
+
+def _cases(specs: list[str]) -> list[TrainingCase]:
+    from pytest_gputrain.case import CaseError, load_case
+    from pytest_gputrain.reference import reference_cases
+
+    try:
+        return [case for spec in specs for case in load_case(spec)] if specs else reference_cases()
+    except CaseError as error:
+        raise _UsageError(str(error)) from None
+
+
+def _table(cases: list[str], checks: Sequence[str]) -> Callable[[CheckResult], None]:
+    """Print the head of the table and return what prints a line of it, as each check finishes."""
+    name_width = max(map(len, ["case", *cases]))
+    check_width = max(map(len, ["check", *checks]))
+
+    def line(case: str, check: str, outcome: str, seconds: str, figures: str) -> None:
+        text = f"{case:{name_width}}  {check:{check_width}}  {outcome:7}  {seconds:>7}  {figures}"
+        print(text.rstrip(), flush=True)
+
+    def show(result: CheckResult) -> None:
+        figures = ", ".join(f"{name} {_figure(value)}" for name, value in result.figures.items())
+        # Of what did not pass the first line says more than its figures; the full text comes below.
+        said = figures if result.outcome == "passed" else _first_line(result.message)
+        line(result.case, result.check, result.outcome, f"{result.seconds:.1f}", said)
+
+    line("case", "check", "outcome", "seconds", "figures")
+    return show
+
+
+def _figure(value: float | int | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _first_line(message: str) -> str:
+    return message.strip().split("\n", 1)[0]
+
+
+def _finish(results: list[CheckResult], options: argparse.Namespace) -> int:
+    bad = [result for result in results if result.outcome in ("failed", "error")]
+    passed = sum(result.outcome == "passed" for result in results)
+    skipped = sum(result.outcome == "skipped" for result in results)
+    for result in bad:
+        print(f"\n== {result.case} {result.check}: {result.outcome}\n{result.message.strip()}")
+    if options.json is not None:
+        _write_json(results, options)
+    print(f"\n{passed} passed, {len(bad)} failed, {skipped} skipped", flush=True)
+    if bad:
+        return EXIT_FAILED
+    if not passed:
+        print("gputrain check: no check ran, which proves nothing: exit code 5", file=sys.stderr)
+        return EXIT_NOTHING_RAN
+    return EXIT_OK
+
+
+def _write_json(results: list[CheckResult], options: argparse.Namespace) -> None:
+    from pytest_gputrain.origin import origin
+
+    document = {
+        "origin": {**origin(), "device": options.device, "world_size": options.world_size},
+        "results": [
+            {
+                "case": result.case,
+                "check": result.check,
+                "outcome": result.outcome,
+                "message": result.message,
+                "figures": dict(result.figures),
+                "seconds": round(result.seconds, 3),
+            }
+            for result in results
+        ],
+    }
+    options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
