@@ -1,0 +1,183 @@
+"""torchrun in a forked child: torch's own command line and elastic agent, ranks forked instead of executed.
+
+The one thing that is replaced is how a worker process comes to be: ``SubprocessHandler._popen`` forks a
+process that has torch imported, where torchrun would start an interpreter. Rendezvous, environment,
+restarts, monitoring and error text are torch's (``torch.distributed.run``, torch >= 2.6).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import process, rank, script
+
+
+def run(spec: Mapping[str, Any], number: int, fds: Sequence[int], parent: int) -> NoReturn:
+    """Plays torchrun on node ``number`` of this host and ends the process with torchrun's exit code."""
+    per_node = spec["nproc"] + 1
+    mine = list(fds[number * per_node : (number + 1) * per_node])
+    search_path = list(sys.path)
+    rank.take_place(parent, Path(spec["folder"]), -1 - number, spec["environ"], spec["cwd"])
+    _replace_popen(spec, mine[0], mine[1:], search_path)
+    import torch.distributed.run as torchrun
+
+    code = 0
+    try:
+        options = _rendezvous(spec, number)
+        # run() and not main(): main's @record wants to own the exit of the process.
+        torchrun.run(torchrun.parse_args([*spec["torchrun"], *options, *spec["command"]]))
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:  # noqa: BLE001 - ChildFailedError above all: torchrun prints it and exits 1
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _rendezvous(spec: Mapping[str, Any], number: int) -> list[str]:
+    """Options that let the nodes of one host meet; none for one node or where the user gave an endpoint."""
+    if not spec["simulated_nodes"]:
+        return []
+    import torch.distributed as dist
+
+    port_file = Path(spec["folder"]) / "rendezvous-port"
+    if number == 0:
+        # The kernel chooses the port; torch's rendezvous joins this store instead of opening one.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, multi_tenant=True, wait_for_workers=False)
+        globals()["_store"] = store  # closed with the process, not with this function
+        part = port_file.with_suffix(".part")
+        part.write_text(str(store.port))
+        part.rename(port_file)
+    while not port_file.exists():  # bounded by the launch's deadline
+        time.sleep(0.01)
+    return ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port_file.read_text()}"]
+
+
+def _replace_popen(spec: Mapping[str, Any], agent_fd: int, rank_fds: Sequence[int], search_path: list[str]) -> None:
+    import torch.distributed.elastic.multiprocessing.api as api
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+    events = rank.Link(agent_fd, -1)
+
+    class ForkedHandler(SubprocessHandler):
+        """Starts a worker by fork."""
+
+        def _popen(self, args: tuple[str, ...], env: dict[str, str]) -> Any:
+            return ForkedProcess(spec, args, env, rank_fds, search_path, events)
+
+    def get_handler(*args: Any, **kwargs: Any) -> ForkedHandler:
+        kwargs.setdefault("numa_options", None)
+        return ForkedHandler(*args, **_accepted(SubprocessHandler.__init__, kwargs))
+
+    api.get_subprocess_handler = get_handler
+
+
+def _accepted(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``kwargs`` that this version of torch knows."""
+    import inspect
+
+    known = inspect.signature(function).parameters
+    return {name: value for name, value in kwargs.items() if name in known}
+
+
+class ForkedProcess:
+    """The part of ``subprocess.Popen`` that the elastic agent uses, around a forked rank."""
+
+    def __init__(
+        self,
+        spec: Mapping[str, Any],
+        command: Sequence[str],
+        env: Mapping[str, str],
+        rank_fds: Sequence[int],
+        search_path: list[str],
+        events: rank.Link,
+    ) -> None:
+        self.returncode: int | None = None
+        self._events, self._rank = events, int(env["RANK"])
+        self._restart = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        ready_read, ready_write = os.pipe()
+        agent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                fd = rank_fds[int(env["LOCAL_RANK"])]
+                rank.take_place(agent, Path(spec["folder"]), self._rank, env, None)
+                os.write(ready_write, b"1")
+                _close_all_but(fd)
+                _threads_as_told(env)
+                script.run(rank.Link(fd, self._rank, self._restart), command, search_path)
+            finally:
+                traceback.print_exc()
+                os._exit(70)
+        os.close(ready_write)
+        os.read(ready_read, 1)  # the agent signals the process group: it must exist
+        os.close(ready_read)
+
+    def poll(self) -> int | None:
+        """The exit code, minus the signal number for a signal, or None while it runs."""
+        if self.returncode is None:
+            with contextlib.suppress(ChildProcessError):
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(status)
+                    code, name = process.exit_of(status)
+                    self._tell(code, name)
+        return self.returncode
+
+    def _tell(self, code: int | None, name: str | None) -> None:
+        with contextlib.suppress(OSError):
+            self._events.exited(self._rank, self._restart, code, name)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits at most ``timeout`` seconds. Raises subprocess.TimeoutExpired."""
+        deadline = time.monotonic() + (timeout if timeout is not None else 3600)
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("rank", timeout or 3600)
+            time.sleep(0.005)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Signals the rank if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def _close_all_but(keep: int) -> None:
+    """Closes what belongs to the agent (its store, its event loop); the threads behind them are not here."""
+    for name in os.listdir("/proc/self/fd"):
+        fd = int(name)
+        if fd > 2 and fd != keep and not _is_own_file(fd):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def _is_own_file(fd: int) -> bool:
+    """faulthandler's two files must stay open."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/self/fd/{fd}").endswith(("/crash.txt", "/stacks.txt"))
+    return False
+
+
+def _threads_as_told(env: Mapping[str, str]) -> None:
+    """torch read OMP_NUM_THREADS when the fork server started; torchrun may have set it since."""
+    import torch
+
+    with contextlib.suppress(ValueError, KeyError):
+        torch.set_num_threads(int(env["OMP_NUM_THREADS"]))

@@ -1,0 +1,34 @@
+"""The two exceptions of the launch room, both data: they survive pickling (xdist, concurrent.futures)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .result import LaunchResult
+
+
+class LaunchUsageError(ValueError):
+    """Bad input to a launch: one line that says what was given, what is legal and the way out.
+
+    Raised before any rank starts.
+    """
+
+
+class LaunchError(AssertionError):
+    """A launch that is not PASSED. ``str(error)`` is the whole failure text, the cause first.
+
+    An AssertionError, so that a test that launches fails rather than errors, and so that
+    ``pytest.raises(AssertionError)`` around a launch means what it says.
+    """
+
+    def __init__(self, result: LaunchResult) -> None:
+        super().__init__(result)
+        self.result = result
+
+    def __str__(self) -> str:
+        return self.result.summary()
+
+
+class ServerLost(RuntimeError):
+    """The process that forks the ranks died or never started; ``str()`` says how."""

@@ -1,0 +1,219 @@
+"""``launch``: a function or a script on N ranks, and a verdict that can be believed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import client, output, payload, request, sweep
+from .errors import LaunchError, ServerLost
+from .member import Member
+from .records import Cause, Verdict
+from .request import LaunchDefaults
+from .result import LaunchResult
+from .supervise import Supervision
+from .verdict import judge
+
+_numbers = itertools.count()
+
+
+class Launcher:
+    """Starts ranks, watches them, ends them. Calling it runs a function; ``.torchrun`` runs a script."""
+
+    def __init__(self, *, defaults: LaunchDefaults | None = None) -> None:
+        self.defaults = defaults or LaunchDefaults()
+
+    def __call__(
+        self,
+        target: Callable[..., Any],
+        *args: Any,
+        world_size: int = 2,
+        device: str | None = None,
+        backend: str | None = None,
+        isolation: str = "fresh",
+        timeout: float | None = None,
+        stall: float | None = None,
+        env: Mapping[str, str | None] | None = None,
+        check: bool = True,
+        **kwargs: Any,
+    ) -> LaunchResult:
+        """Runs ``target(*args, **kwargs)`` on ``world_size`` ranks in new processes, process group ready.
+
+        ``target`` may be a closure, a lambda or a nested function; arguments and return values travel by
+        pickle, tensors come back on CPU. The group is gloo on ``device="cpu"`` and NCCL on ``"cuda"``.
+        ``timeout`` (seconds, default 300) ends the launch whatever happens; ``stall`` (default 60) ends it
+        when no rank uses CPU or prints any more. ``env`` goes on top of this process's environment.
+
+        Raises LaunchUsageError before any rank starts if the input is bad, and, with ``check``,
+        LaunchError (an AssertionError with ``.result``) for any verdict but PASSED.
+        """
+        request.linux()
+        size = request.whole("world_size", world_size, most=512)
+        request.one_of("isolation", isolation, request.ISOLATIONS)
+        where, how = request.device_and_backend(device or self.defaults.device, backend, size)
+        if not callable(target):
+            raise request.LaunchUsageError(f"target={target!r}: must be a function; for a script use .torchrun(path)")
+        environ = self._environ(request.environment(env), size)
+        spec = {
+            **self._times(timeout, stall),
+            "kind": "function",
+            "world_size": size,
+            "device": where,
+            "backend": how,
+            "environ": environ,
+            "sys_path": [entry or os.getcwd() for entry in sys.path],
+            "argv": list(sys.argv),
+        }
+        name = getattr(target, "__name__", "function").strip("<>")
+        return self._run(spec, payload.pack_call(target, args, kwargs), size, name, check)
+
+    def torchrun(
+        self,
+        script_or_module: str | os.PathLike[str],
+        *argv: object,
+        nproc: int = 2,
+        nnodes: int = 1,
+        node_rank: int | None = None,
+        rdzv_endpoint: str | None = None,
+        module: bool = False,
+        max_restarts: int = 0,
+        timeout: float | None = None,
+        stall: float | None = None,
+        env: Mapping[str, str | None] | None = None,
+        check: bool = True,
+    ) -> LaunchResult:
+        """Runs an unmodified script (or module, as ``-m``) under torch's elastic agent, ``nproc`` ranks a node.
+
+        Environment, ``argv``, exit code and error text are torchrun's. With ``nnodes`` above 1 and no
+        ``rdzv_endpoint`` the nodes are played on this host; with ``rdzv_endpoint="host:port"`` this host is
+        one of the nodes (``node_rank`` where the rendezvous is static). ``ranks`` of the result are this
+        host's. Raises as ``__call__`` does.
+        """
+        request.linux()
+        nproc = request.whole("nproc", nproc, most=512)
+        nnodes = request.whole("nnodes", nnodes, most=64)
+        max_restarts = request.whole("max_restarts", max_restarts, least=0)
+        simulated = nnodes if rdzv_endpoint is None else 1
+        if self.defaults.device == "cuda":
+            request.enough_gpus(nproc * simulated)
+        script = request.script_or_module(script_or_module, module)
+        options = [f"--nproc-per-node={nproc}", f"--nnodes={nnodes}", f"--max-restarts={max_restarts}"]
+        options += _rendezvous(rdzv_endpoint, node_rank)
+        environ = self._environ(request.environment(env), None)
+        spec = {
+            **self._times(timeout, stall),
+            "kind": "script",
+            "nproc": nproc,
+            "agents": simulated,
+            "simulated_nodes": simulated > 1,
+            "max_restarts": max_restarts,
+            "torchrun": [*options, "--monitor-interval=0.02"],
+            "command": [*(["-m"] if module else []), script, *map(str, argv)],
+            "environ": environ,
+        }
+        return self._run(spec, b"", nproc * simulated, Path(script).stem, check)
+
+    def _times(self, timeout: float | None, stall: float | None) -> dict[str, float]:
+        return {
+            "timeout": request.seconds("timeout", self.defaults.timeout if timeout is None else timeout),
+            "stall": request.seconds("stall", self.defaults.stall if stall is None else stall),
+        }
+
+    def _environ(self, environ: dict[str, str], world_size: int | None) -> dict[str, str]:
+        environ[sweep.MARK] = uuid.uuid4().hex
+        if self.defaults.gpus:
+            environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.defaults.gpus)
+        if world_size is None:
+            return environ
+        if world_size > 1:  # as torchrun does: N ranks with a thread a core each would trip over each other
+            environ.setdefault("OMP_NUM_THREADS", "1")
+        # MASTER_PORT follows when the kernel has chosen one.
+        shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
+        return {**environ, **{name: str(value) for name, value in shared.items()},
+                "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+
+    def _run(self, spec: dict[str, Any], call: bytes, size: int, name: str, check: bool) -> LaunchResult:
+        temporary, folder = self._folder(name)
+        spec |= {"op": "launch", "folder": str(folder), "temporary": temporary is not None, "cwd": os.getcwd()}
+        if spec["kind"] == "script":
+            spec["torchrun"].append(f"--log-dir={folder / 'torchrun'}")
+        result = _watched(spec, call, [Member(rank) for rank in range(size)], folder)
+        result._folder = temporary
+        if check and not result.passed:
+            raise LaunchError(result)
+        return result
+
+    def _folder(self, name: str) -> tuple[tempfile.TemporaryDirectory[str] | None, Path]:
+        if self.defaults.artifacts is None:
+            temporary = tempfile.TemporaryDirectory(prefix="gputrain-")
+            return temporary, Path(temporary.name)
+        folder = self.defaults.artifacts / f"{name}-{os.getpid()}-{next(_numbers)}"
+        folder.mkdir(parents=True)
+        return None, folder
+
+
+def _rendezvous(endpoint: str | None, node_rank: int | None) -> list[str]:
+    if endpoint is None:
+        if node_rank is not None:
+            raise request.LaunchUsageError(f"node_rank={node_rank!r} needs rdzv_endpoint='host:port' of node 0")
+        return []
+    host, colon, port = str(endpoint).rpartition(":")
+    if not (host and colon and port.isdigit() and int(port) < 65536):
+        raise request.LaunchUsageError(f"rdzv_endpoint={endpoint!r}: must be 'host:port', such as '10.0.0.1:29400'")
+    if node_rank is None:
+        return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    number = request.whole("node_rank", node_rank, least=0)
+    return [f"--node-rank={number}", f"--master-addr={host}", f"--master-port={port}"]
+
+
+def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: Path) -> LaunchResult:
+    """The launch itself. Whatever happens, what it started is ended when this returns or raises."""
+    server = client.borrow(spec["environ"])
+    supervision = Supervision(server, members, spec, folder)
+    start, in_order = time.monotonic(), False
+    try:
+        supervision.start(call)
+        ending = supervision.watch()
+        seconds = time.monotonic() - start
+        supervision.end(ending)
+        in_order = True
+    except ServerLost as error:
+        cause = Cause(None, "server", str(error))
+        ranks = [member.result(folder, start, first_failure=start) for member in members]
+        return LaunchResult(Verdict.CRASHED, cause, ranks, folder, time.monotonic() - start)
+    finally:
+        supervision.close()
+        if in_order:
+            client.give_back(server)
+        else:  # KeyboardInterrupt, a timeout's exception, a dead server
+            server.close()
+            sweep.kill_marked(spec["environ"][sweep.MARK])
+    failures = [m.report["at"] for m in members if m.report and m.failed]
+    failures += [m.exit["at"] for m in members if m.exit and not m.report and m.exit["signal"] != "SIGTERM"]
+    ranks = [member.result(folder, start, first_failure=min(failures, default=start)) for member in members]
+    ranks.sort(key=lambda rank: rank.rank)
+    verdict, cause = judge(ranks, ending, seconds=seconds)
+    agents = supervision.agent_exits
+    agent_output = output.read(folder / "agent0" / "stderr.log")
+    if any(agent["exit_code"] != 0 for agent in agents) and not failures:
+        verdict, cause = Verdict.CRASHED, _agent_failed(agents, agent_output)
+    return LaunchResult(verdict, cause, ranks, folder, seconds, supervision.leftovers, agent_output)
+
+
+def _agent_failed(agents: list[dict[str, Any]], text: str) -> Cause:
+    """torchrun failed and none of its ranks did: it was killed, or its rendezvous did not come about."""
+    first = next(agent for agent in agents if agent["exit_code"] != 0)
+    if first["signal"]:
+        return Cause(None, "signal", f"torchrun was killed by {first['signal']}")
+    last = (text.strip().splitlines() or ["no output"])[-1]
+    return Cause(None, "torchrun", f"torchrun left with exit code {first['exit_code']}: {last}")
+
+
+launch = Launcher()

@@ -1,0 +1,127 @@
+"""One rank as the supervisor sees it, and what it comes to at the end."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from . import output, payload, stacks, wire
+from .records import RankError, RankOutcome, RankResult
+
+_MOVED_TICKS = 3
+"""Clock ticks (10 ms) within a second that count as movement: background threads of an idle rank use fewer."""
+
+
+class Member:
+    """A rank: its socket, its report, its exit, and when it last moved."""
+
+    def __init__(self, rank: int, sock: socket.socket | None = None) -> None:
+        self.rank = rank
+        self.sock = sock
+        self.reader = wire.Reader(sock) if sock else None
+        self.pid: int | None = None
+        self.restart = 0
+        self.report: dict[str, Any] | None = None
+        self.body = b""
+        self.exit: dict[str, Any] | None = None
+        self.last_moved = time.monotonic()
+        self.moving = False
+        self.stacks = ""
+        self.waiting_at: str | None = None
+        self.in_collective = False
+        self._ticks = self._size = 0
+        self._since = float("-inf")
+
+    def hello(self, header: dict[str, Any]) -> None:
+        """A process says that it plays this rank, perhaps after a restart."""
+        self.rank, self.pid, self.restart = header["rank"], header["pid"], header["restart"]
+        self.report, self.body, self.exit = None, b"", None
+        self.last_moved = header["at"]
+
+    def reported(self, header: dict[str, Any], body: bytes) -> None:
+        """The rank's one report."""
+        self.report, self.body = header, body
+
+    def exited(self, header: dict[str, Any]) -> None:
+        """The rank's process is gone."""
+        self.exit = header
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more is to come from this rank."""
+        return self.report is not None or self.exit is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank alone makes the launch red: it failed, or is gone without a report."""
+        if self.report is not None:
+            return bool(self.report["state"] == "failed")
+        return self.exit is not None
+
+    def observe(self, now: float, ticks: int, size: int) -> None:
+        """Takes a sample of CPU ticks used and bytes printed so far."""
+        if ticks - self._ticks >= _MOVED_TICKS or ticks < self._ticks or size != self._size:
+            self.last_moved = self._since = now
+            self._ticks, self._size = ticks, size
+        elif now - self._since > 1.0:
+            self._since, self._ticks = now, ticks
+
+    def settle_down(self) -> None:
+        """Forgets fractions of a tick collected so far, before a last look."""
+        self._since = float("-inf")
+
+    def result(self, folder: Path, start: float, *, first_failure: float) -> RankResult:
+        """What became of the rank, with its output read from ``folder``."""
+        path = folder / f"rank{self.rank}"
+        state, at = self._state(first_failure)
+        found = RankResult(
+            self.rank, state, pid=self.pid, seconds=max(0.0, at - start) if at else 0.0,
+            stdout=self._stream(path / "stdout.log"), stderr=self._stream(path / "stderr.log"),
+            stacks=self.stacks, waiting_at=self.waiting_at, in_collective=self.in_collective, moving=self.moving,
+        )  # fmt: skip
+        if self.exit is not None:
+            found.exit_code, found.signal = self.exit["exit_code"], self.exit["signal"]
+        if self.report is not None:
+            found.exit_code = self.report.get("exit_code", found.exit_code)
+            if (error := self.report.get("error")) is not None:
+                found.error = RankError(**error)
+            if state == "passed":
+                self._unpack(found)
+        elif state == "crashed":
+            found.stacks = _read(path / "crash.txt")
+            frame = stacks.user_frame(stacks.main_thread(found.stacks))
+            found.waiting_at = str(frame) if frame else None
+        return found
+
+    def _state(self, first_failure: float) -> tuple[RankOutcome, float | None]:
+        if self.report is not None:
+            return self.report["state"], self.report["at"]
+        if self.exit is None:
+            return "ended", None
+        # torchrun ends the other workers after a failure: these did not crash, they were ended.
+        if self.exit["signal"] in ("SIGTERM", "SIGKILL") and self.exit["at"] > first_failure:
+            return "ended", self.exit["at"]
+        return "crashed", self.exit["at"]
+
+    def _unpack(self, found: RankResult) -> None:
+        try:
+            found.value = payload.unpack_value(self.body)
+        except Exception as error:  # noqa: BLE001 - unpickling runs foreign code
+            found.state = "failed"
+            text = f"the value that rank {self.rank} returned cannot be read here: {type(error).__name__}: {error}"
+            found.error = RankError("UnpicklableValue", text, "", None)
+
+    @staticmethod
+    def _stream(path: Path) -> str:
+        text = output.read(path)
+        output.compact(path, text)
+        return text
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,136 @@
+"""Processes of a launch: dying with the parent, adopting orphans, ending everything that was started.
+
+Linux. Only descendants of the calling process are ever signalled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from contextlib import suppress
+
+import psutil
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+def _prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+def die_with_parent(parent: int) -> None:
+    """SIGKILL for this process as soon as ``parent`` ends, however it ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call above
+        os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of every orphan below it.
+
+    So a grandchild that called setsid and was abandoned (a daemon) stays in this process's tree, where it
+    can be found, instead of moving to init.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def descendants() -> list[psutil.Process]:
+    """Every living process below this one."""
+    with suppress(psutil.NoSuchProcess):
+        return [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if process.status() != psutil.STATUS_ZOMBIE
+        ]
+    return []
+
+
+def describe(process: psutil.Process) -> str:
+    """``pid 4711: sleep 1000``, at most 120 characters."""
+    try:
+        command = " ".join(process.cmdline()) or process.name()
+    except psutil.Error:
+        command = "?"
+    return f"pid {process.pid}: {command[:100]}"
+
+
+def kill_descendants(reaped: list[tuple[int, int]], *, within: float = 10.0) -> bool:
+    """SIGKILL to everything below this process until nothing is left. False if something survived ``within`` s.
+
+    In a loop, because a process may fork between the listing and the signal; each round stops the whole
+    generation before it kills it. The wait statuses of children that ended are appended to ``reaped``.
+    """
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        reaped += reap()
+        alive = descendants()
+        if not alive:
+            return True
+        for process in alive:
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGSTOP)
+        for process in alive:
+            with suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.002)
+    return False
+
+
+def reap() -> list[tuple[int, int]]:
+    """``(pid, wait status)`` of every child that has ended since; includes adopted orphans."""
+    ended = []
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return ended
+        if pid == 0:
+            return ended
+        ended.append((pid, status))
+
+
+def exit_of(status: int) -> tuple[int | None, str | None]:
+    """A wait status as (exit code, None) or (None, signal name)."""
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return code, None
+    try:
+        return None, signal.Signals(-code).name
+    except ValueError:  # a real-time signal has no name of its own
+        return None, f"signal {-code}"
+
+
+def cpu_ticks(pids: list[int]) -> dict[int, int]:
+    """CPU time in clock ticks of each process together with everything below it; absent when it is gone.
+
+    Children count: a rank that waits for its data-loader workers or a compiler makes progress. One pass
+    over /proc for all ranks, since this is called several times a second.
+    """
+    own: dict[int, int] = {}
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (row := _stat(entry)):
+            pid, parent, ticks = row
+            own[pid] = ticks
+            children.setdefault(parent, []).append(pid)
+
+    def total(pid: int) -> int:
+        return own[pid] + sum(total(child) for child in children.get(pid, ()))
+
+    return {pid: total(pid) for pid in pids if pid in own}
+
+
+def _stat(pid: str) -> tuple[int, int, int] | None:
+    """(pid, parent, ticks used by it and by its reaped children) from /proc/PID/stat."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+    except OSError:
+        return None
+    fields = text[text.rindex(b")") + 2 :].split()  # the name before may hold blanks and brackets
+    return int(pid), int(fields[1]), sum(map(int, fields[11:15]))

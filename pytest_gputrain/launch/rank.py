@@ -1,0 +1,232 @@
+"""What a rank does: take its place, run the function, report, wait to be let go, leave.
+
+Runs in a process forked from the fork server (or from torch's elastic agent, for scripts). Imports nothing
+of the package but its own room, and torch only where it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import unittest
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from . import output, payload, process, stacks, wire
+
+DUMP_SIGNAL = signal.SIGRTMAX - 3
+"""Asks a rank for its stacks. A real-time signal, because scripts take SIGUSR1 for themselves."""
+
+
+class Link:
+    """The rank's end of its socket to the launching process."""
+
+    def __init__(self, fd: int, rank: int, restart: int = 0) -> None:
+        self._sock = socket.socket(fileno=fd)
+        self._sock.setblocking(True)
+        self._sock.set_inheritable(False)
+        self._identity = {"rank": rank, "restart": restart, "pid": os.getpid()}
+
+    def hello(self) -> None:
+        """Says which process plays which rank."""
+        wire.send(self._sock, {"kind": "hello", **self._identity, "at": time.monotonic()})
+
+    def report(self, state: str, body: bytes = b"", **details: Any) -> None:
+        """The one report of a rank. A process that the rank forked has none to give and just ends."""
+        if os.getpid() != self._identity["pid"]:
+            os._exit(0)
+        header = {"kind": "report", "state": state, **self._identity, "at": time.monotonic(), **details}
+        wire.send(self._sock, header, body)
+
+    def exited(self, rank: int, restart: int, code: int | None, name: str | None) -> None:
+        """Says how a worker process ended; sent by the elastic agent, whose children script ranks are."""
+        header = {"kind": "exit", "rank": rank, "restart": restart, "exit_code": code, "signal": name}
+        wire.send(self._sock, {**header, "at": time.monotonic()})
+
+    def wait_for_release(self) -> None:
+        """Blocks until the launcher closes its side.
+
+        A rank that is done stays, so that what it held for others (store, sockets) lasts as long as they
+        run, and a rank that still waits for it is seen to wait, on gloo as on NCCL.
+        """
+        with contextlib.suppress(OSError):
+            self._sock.recv(1)
+
+
+def take_place(parent: int, folder: Path, rank: int, environ: Mapping[str, str], cwd: str | None) -> None:
+    """Turns a forked process into a rank: own session, own output files, own environment, no inherited traps.
+
+    A negative ``rank`` is an elastic agent: -1 for the first node's. ``environ`` is taken as it is.
+    Raises OSError when ``cwd`` is gone.
+    """
+    os.setsid()
+    process.die_with_parent(parent)
+    _reset_signals()
+    _redirect(folder / (f"rank{rank}" if rank >= 0 else f"agent{-1 - rank}"))
+    os.environ.clear()
+    os.environ.update(environ)
+    if cwd is not None:
+        os.chdir(cwd)
+
+
+def _reset_signals() -> None:
+    """Signal handling as in a new Python process: what the parent set up was for the parent."""
+    with contextlib.suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _redirect(folder: Path) -> None:
+    """Points descriptors 0, 1 and 2 at /dev/null and the rank's files, and faulthandler at files of its own."""
+    devnull = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(devnull, 0)
+    os.close(devnull)
+    for number, name in ((1, "stdout.log"), (2, "stderr.log")):
+        fd = output.open_stream(folder / name)
+        os.dup2(fd, number)
+        os.close(fd)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - lives as long as the process
+    # By line, so that the last words of a rank that is killed are in the file.
+    sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    faulthandler.enable(output.open_stream(folder / "crash.txt"), all_threads=True)
+    faulthandler.register(DUMP_SIGNAL, output.open_stream(folder / "stacks.txt"), all_threads=True, chain=False)
+
+
+def run_function(link: Link, spec: Mapping[str, Any], rank: int, call: bytes, listen_fd: int | None) -> NoReturn:
+    """A rank's life around a function of the user; ends the process."""
+    try:
+        link.hello()
+        target, args, kwargs = payload.unpack_call(call)
+        _join_group(spec, rank, listen_fd)
+        value = target(*args, **kwargs)
+        body = _pack(value, rank)
+        _flush()
+        link.report("passed", body)
+    except BaseException as error:  # noqa: BLE001 - SystemExit and pytest's outcomes are BaseExceptions
+        _flush()
+        state, details = describe(error)
+        link.report(state, **details)
+    link.wait_for_release()
+    # Not sys.exit: about half of the ranks that leave gloo undestroyed die of SIGABRT at interpreter exit.
+    os._exit(0)
+
+
+class UnpicklableValue(TypeError):
+    """A rank's function returned something that cannot be sent back."""
+
+
+def _pack(value: object, rank: int) -> bytes:
+    try:
+        return payload.pack_value(value)
+    except Exception as error:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise UnpicklableValue(
+            f"rank {rank} returned a {kind}, which cannot be pickled ({type(error).__name__}: "
+            f"{' '.join(safe_str(error).split())[:200]}); return numbers, tensors, strings or containers of these"
+        ) from None
+
+
+def _join_group(spec: Mapping[str, Any], rank: int, listen_fd: int | None) -> None:
+    import torch
+    import torch.distributed as dist
+
+    world_size, device = spec["world_size"], spec["device"]
+    if "OMP_NUM_THREADS" in os.environ:
+        with contextlib.suppress(ValueError):
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if device == "cuda":
+        torch.cuda.set_device(rank % max(1, torch.cuda.device_count()))
+    dist.set_debug_level_from_env()  # torch read it when the server started
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # The group's own timeout is later than the launch's: the launch names the culprit, the group a victim.
+    timeout = datetime.timedelta(seconds=spec["timeout"] + 60)
+    store = dist.TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listen_fd if rank == 0 else None,
+    )
+    dist.init_process_group(
+        spec["backend"], store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+
+
+def describe(error: BaseException) -> tuple[str, dict[str, Any]]:
+    """An exception as (state, details) of a report: skipped for a test's skip, failed for all else."""
+    if _is_skip(error):
+        return "skipped", {"error": _error(error, safe_str(error))}
+    if isinstance(error, SystemExit):
+        return "failed", {"error": _error(error, f"sys.exit({error.code!r})", "SystemExit")}
+    return "failed", {"error": _error(error, safe_str(error))}
+
+
+def _is_skip(error: BaseException) -> bool:
+    """pytest.skip or unittest.SkipTest, recognised without importing pytest."""
+    if isinstance(error, unittest.SkipTest):
+        return True
+    return any(base.__module__ == "_pytest.outcomes" and base.__name__ == "Skipped" for base in type(error).__mro__)
+
+
+def _error(error: BaseException, message: str, name: str | None = None) -> dict[str, str | None]:
+    tb = error.__traceback__
+    location = stacks.error_location(tb)
+    if isinstance(error, SyntaxError) and error.filename:  # its place is not in the traceback
+        location = f"{error.filename}:{error.lineno}"
+    return {
+        "type": name or _type_name(type(error)),
+        "message": message,
+        "traceback": format_error(error, skip_machinery(tb)),
+        "location": location,
+    }
+
+
+def _type_name(kind: type[BaseException]) -> str:
+    return kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def safe_str(error: BaseException) -> str:
+    """``str(error)``, also for an exception whose ``__str__`` raises."""
+    try:
+        return str(error)
+    except Exception as second:  # noqa: BLE001 - anything may come out of a user's __str__
+        return f"<{type(error).__name__} whose __str__ raised {type(second).__name__}>"
+
+
+def skip_machinery(tb: TracebackType | None) -> TracebackType | None:
+    """The traceback from the user's first frame on."""
+    own = str(Path(__file__).resolve().parent)
+    while tb is not None and (tb.tb_frame.f_code.co_filename.startswith((own, "<frozen runpy>"))):
+        tb = tb.tb_next
+    return tb
+
+
+def format_error(error: BaseException, tb: TracebackType | None) -> str:
+    """The traceback as Python prints it; never raises, whatever the exception does."""
+    try:
+        return "".join(traceback.format_exception(type(error), error, tb))
+    except Exception:  # noqa: BLE001 - a broken __cause__ or __notes__ of the user's exception
+        return "".join(traceback.format_tb(tb)) + f"{type(error).__name__}: {safe_str(error)}\n"
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()

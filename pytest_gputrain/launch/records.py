@@ -1,0 +1,126 @@
+"""What a launch is made of, as plain data: verdict, cause, and what became of each rank.
+
+Imports nothing of the package and no torch: these records are read by the pytest process, by the
+verdict (pure) and by reports.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+RankOutcome = Literal["passed", "failed", "crashed", "skipped", "ended"]
+
+
+class Verdict(enum.Enum):
+    """What a launch came to. Only PASSED is green."""
+
+    PASSED = "PASSED"
+    """Every rank positively reported success."""
+    FAILED = "FAILED"
+    """A rank raised, called ``sys.exit``, or skipped while another ran."""
+    CRASHED = "CRASHED"
+    """A rank's process ended without a report: a signal, or an exit behind Python's back."""
+    HUNG = "HUNG"
+    """Nothing moves any more: ranks wait for what cannot come."""
+    TIMED_OUT = "TIMED_OUT"
+    """The deadline came while ranks still made progress."""
+    SKIPPED = "SKIPPED"
+    """Every rank skipped, or the hardware is missing."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The first thing that went wrong. ``str(cause)`` is the line a user reads first.
+
+    ``rank`` is None when no single rank is to blame; ``location`` is ``file:line in function`` in the
+    user's code where it is known.
+    """
+
+    rank: int | None
+    kind: str
+    message: str
+    location: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.message}   at {self.location}" if self.location else self.message
+
+
+# What a rank prints because *another* rank went away. Seen on gloo, NCCL and TCPStore (torch 2.6 to 2.13).
+# The rank that shows one of these is a victim: look at the others for the cause.
+_VICTIM = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Connection refused|Broken pipe|Socket closed"
+    r"|communicator was aborted|remote process exited|failed to recv, got 0 bytes|recvValue failed"
+    r"|sendBytes failed|Connection was likely closed|peer closed|Socket Timeout|application level timeout",
+    re.IGNORECASE,
+)
+# A wait that ran into the process group's own timeout is the hang itself, seen from a waiting rank.
+_WAITED = re.compile(
+    r"Timed out waiting|wait timeout after|Watchdog caught collective operation timeout"
+    r"|monitoredBarrier|Timeout waiting for key",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class RankError:
+    """An exception on a rank, as text: it crosses processes even when it cannot be pickled."""
+
+    type: str
+    message: str
+    traceback: str
+    location: str | None = None
+
+    @property
+    def headline(self) -> str:
+        """``ValueError: boom``, one line, at most 300 characters."""
+        lines = self.message.strip().splitlines()
+        text = f"{self.type}: {lines[0]}" if lines else self.type
+        return text if len(text) <= 300 else text[:297] + "..."
+
+    @property
+    def is_victim(self) -> bool:
+        """Whether this is what a rank shows when another one went away."""
+        return _VICTIM.search(f"{self.type}: {self.message}") is not None
+
+    @property
+    def is_wait_timeout(self) -> bool:
+        """Whether the process group's own timeout ended a wait: a hang, seen from a waiting rank."""
+        return _WAITED.search(self.message) is not None
+
+
+@dataclass
+class RankResult:
+    """What became of one rank.
+
+    ``state`` is ``ended`` for a rank that was still running when the launch was ended. ``exit_code`` is
+    the process's own (negative never: a signal is in ``signal`` by name, such as ``"SIGKILL"``).
+    ``stdout`` and ``stderr`` hold at most the first and last 128 KiB; the files are under
+    ``LaunchResult.artifacts``. ``stacks`` is filled for ranks that were still running at the end.
+    """
+
+    rank: int
+    state: RankOutcome
+    value: Any = None
+    error: RankError | None = None
+    exit_code: int | None = None
+    signal: str | None = None
+    stdout: str = ""
+    stderr: str = ""
+    stacks: str = ""
+    waiting_at: str | None = None
+    in_collective: bool = False
+    moving: bool = False
+    pid: int | None = None
+    seconds: float = 0.0
+    leftovers: list[str] = field(default_factory=list)
+
+    @property
+    def output(self) -> str:
+        """Standard output followed by standard error."""
+        return self.stdout + self.stderr

@@ -1,0 +1,137 @@
+"""What may be asked of a launch, checked before any rank starts. One line an error: given, legal, way out."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import numbers
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..devices.inventory import discover
+from .errors import LaunchUsageError
+
+DEVICES = ("cpu", "cuda")
+BACKENDS = ("gloo", "nccl", "cpu:gloo,cuda:nccl")
+ISOLATIONS = ("fresh",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchDefaults:
+    """What a launch uses where the call does not say. Times in seconds.
+
+    ``artifacts`` is the folder that gets one sub-folder a launch; None means a temporary one, which lives
+    as long as the ``LaunchResult``. ``gpus`` are the UUIDs or indices that ranks may see; empty means all.
+    """
+
+    timeout: float = 300.0
+    stall: float = 60.0
+    device: str = "cpu"
+    artifacts: Path | None = None
+    gpus: tuple[str, ...] = ()
+
+
+def whole(name: str, value: object, *, least: int = 1, most: int | None = None) -> int:
+    """An integer of at least ``least``. Raises LaunchUsageError."""
+    legal = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+    good = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not good or int(value) < least or (most is not None and int(value) > most):  # type: ignore[call-overload]
+        raise LaunchUsageError(f"{name}={value!r}: must be {legal}")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
+def seconds(name: str, value: object) -> float:
+    """A positive, finite number of seconds. Raises LaunchUsageError."""
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
+        raise LaunchUsageError(
+            f"{name}={value!r}: must be a positive number of seconds; every launch has an end, "
+            f"so give a large number rather than none"
+        )
+    return float(value)  # type: ignore[arg-type]
+
+
+def one_of(name: str, value: object, legal: tuple[str, ...]) -> str:
+    """One of the legal words. Raises LaunchUsageError."""
+    if not isinstance(value, str) or value not in legal:
+        raise LaunchUsageError(f"{name}={value!r}: must be one of {', '.join(map(repr, legal))}")
+    return value
+
+
+def device_and_backend(device: object, backend: object, ranks: int) -> tuple[str, str]:
+    """The device and the backend that fits it. Raises LaunchUsageError, also for more ranks than GPUs."""
+    where = one_of("device", device, DEVICES)
+    how = one_of("backend", backend or ("nccl" if where == "cuda" else "gloo"), BACKENDS)
+    if where == "cpu" and how != "gloo":
+        raise LaunchUsageError(f"backend={how!r} needs device='cuda'; on device='cpu' use backend='gloo'")
+    if where == "cuda":
+        enough_gpus(ranks)
+    return where, how
+
+
+def enough_gpus(ranks: int) -> None:
+    """Raises LaunchUsageError when there are fewer GPUs than ranks."""
+    found = discover()
+    if len(found.gpus) < ranks:
+        raise LaunchUsageError(
+            f"{ranks} ranks on device='cuda' need {ranks} GPUs, found {len(found.gpus)} (by {found.source}); "
+            "use fewer ranks, device='cpu', or mark the test requires_gpus so that it skips"
+        )
+
+
+def environment(given: object) -> dict[str, str]:
+    """The environment of the ranks: this process's own, with ``env`` on top; None removes a variable."""
+    environ = dict(os.environ)
+    if given is None:
+        return environ
+    if not isinstance(given, Mapping):
+        raise LaunchUsageError(f"env={given!r}: must be a mapping of names to strings (None removes a variable)")
+    for name, value in given.items():
+        if value is None:
+            environ.pop(name, None)
+        elif isinstance(name, str) and isinstance(value, str):
+            environ[name] = value
+        else:
+            raise LaunchUsageError(f"env[{name!r}]={value!r}: names and values must be strings; write {str(value)!r}")
+    return environ
+
+
+def script_or_module(given: object, module: bool) -> str:
+    """A script's path, made absolute, or the name of a module that can be found. Raises LaunchUsageError."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise LaunchUsageError(f"script={given!r}: must be a path to a Python script, or a module name with module=True")
+    text = os.fspath(given)
+    if module:
+        if not _module_exists(text):
+            raise LaunchUsageError(f"module {text!r} cannot be found from {os.getcwd()}; check its name and PYTHONPATH")
+        return text
+    path = Path(text)
+    if not path.is_file():
+        why = "is a folder" if path.is_dir() else "does not exist"
+        hint = "; for a module give module=True" if "/" not in text and not text.endswith(".py") else ""
+        raise LaunchUsageError(f"script {str(path.absolute())!r} {why}; give the path of a Python script{hint}")
+    if not os.access(path, os.R_OK):
+        raise LaunchUsageError(f"script {str(path.absolute())!r} cannot be read; check its permissions")
+    return str(path.absolute())
+
+
+def _module_exists(name: str) -> bool:
+    # The ranks' search path is a new interpreter's: the working directory first.
+    sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def linux() -> None:
+    """Raises LaunchUsageError where ranks cannot be started."""
+    if not sys.platform.startswith("linux"):
+        raise LaunchUsageError(
+            f"launching ranks needs Linux, this is {sys.platform!r}; tests that launch are skipped here"
+        )

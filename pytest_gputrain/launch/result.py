@@ -1,0 +1,112 @@
+"""What a launch came to, and how it reads: the cause first, the victims below, output last."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import output
+from .records import Cause, RankResult, Verdict
+
+_OUTPUT_LINES = 20
+_TRACE_LINES = 30
+
+
+@dataclass
+class LaunchResult:
+    """A finished launch. Nothing that it started is running any more.
+
+    ``artifacts`` is the folder with each rank's ``stdout.log``, ``stderr.log`` and ``stacks.txt``; it lives
+    at least as long as this object. ``seconds`` runs from the fork of the first rank to the verdict.
+    ``exit_code`` is what torchrun would have returned (scripts) or 0 and 1 (functions).
+    """
+
+    verdict: Verdict
+    cause: Cause | None
+    ranks: list[RankResult]
+    artifacts: Path
+    seconds: float
+    leftovers: list[str] = field(default_factory=list)
+    agent_output: str = ""
+    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the temporary folder, which belongs to this process."""
+        return {**self.__dict__, "_folder": None}
+
+    @property
+    def values(self) -> list[Any]:
+        """What the function returned, by rank. None for ranks that did not pass."""
+        return [rank.value for rank in self.ranks]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every rank positively reported success."""
+        return self.verdict is Verdict.PASSED
+
+    @property
+    def exit_code(self) -> int:
+        """0 if PASSED, else 1: what torchrun returns."""
+        return 0 if self.passed else 1
+
+    def summary(self) -> str:
+        """The whole text of a launch that did not pass. Its first line alone says what to mend."""
+        if self.passed:
+            return f"PASSED: {output.rank_list(r.rank for r in self.ranks)} in {self.seconds:.1f} s"
+        if self.verdict is Verdict.SKIPPED:
+            return f"SKIPPED: {self.cause}"
+        lines = [f"{self.verdict} after {self.seconds:.1f} s: {self.cause}"]
+        lines += [f"  {line}" for line in self._others()]
+        lines += self._traceback()
+        lines += self._outputs()
+        if self.leftovers:
+            lines.append(f"  left running and ended: {'; '.join(self.leftovers[:5])}")
+        lines.append(f"  artifacts: {self.artifacts}")
+        return "\n".join(lines)
+
+    def _others(self) -> list[str]:
+        """One line a group of ranks that share a fate; the culprit is in the first line already."""
+        fates = {r.rank: _fate(r) for r in self.ranks if not self._is_culprit(r)}
+        return [f"{output.rank_list(ranks)}: {text}" for ranks, text in output.grouped(fates)]
+
+    def _is_culprit(self, rank: RankResult) -> bool:
+        return self.cause is not None and rank.rank == self.cause.rank and rank.state in ("failed", "crashed")
+
+    def _traceback(self) -> list[str]:
+        texts = {r.rank: r.error.traceback for r in self.ranks if r.error and not r.error.is_victim and r.state == "failed"}
+        if not texts and self.verdict is not Verdict.PASSED:
+            texts = {r.rank: r.stacks for r in self.ranks if r.stacks}
+        shown = []
+        for ranks, text in output.grouped(texts)[:4]:
+            shown.append(f"--- {output.rank_list(ranks)}")
+            shown.append(output.last_lines(text, _TRACE_LINES))
+        return shown
+
+    def _outputs(self) -> list[str]:
+        shown = []
+        for name in ("stdout", "stderr"):
+            texts = {r.rank: output.last_lines(getattr(r, name), _OUTPUT_LINES) for r in self.ranks if getattr(r, name)}
+            for ranks, text in output.grouped(texts)[:4]:
+                same = " (the same)" if len(ranks) > 1 else ""
+                shown.append(f"--- {output.rank_list(ranks)} {name}{same}")
+                shown.append(text)
+        return shown
+
+
+def _fate(rank: RankResult) -> str:
+    """What became of a rank that is not the cause, in one line."""
+    if rank.state == "passed":
+        return "finished"
+    if rank.state == "skipped":
+        return f"skipped ({rank.error.message})" if rank.error else "skipped"
+    if rank.state == "crashed":
+        return f"killed by {rank.signal}" if rank.signal else f"left with exit code {rank.exit_code} and no report"
+    if rank.error is not None:
+        where = f"   at {rank.error.location}" if rank.error.location else ""
+        as_a = "as a consequence, " if rank.error.is_victim else ""
+        return f"{as_a}raised {rank.error.headline}{where}"
+    where = f" at {rank.waiting_at}" if rank.waiting_at else ""
+    did = "waited in a collective" if rank.in_collective else "was still running"
+    return f"{did}{where}; ended by the launch"

@@ -1,0 +1,120 @@
+"""Runs a user's script or module as ``__main__`` in a rank, as ``python -u script.py`` would.
+
+The process is forked with torch already imported; everything a script can ask about is as in a new process:
+``__main__``, ``sys.argv``, ``sys.path``, environment, exit code, error text.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib.machinery
+import os
+import runpy
+import sys
+import threading
+import traceback
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import rank
+
+# Imported by the fork server for the sake of function ranks. A script must not see them: libraries behave
+# differently when they believe they are under pytest.
+_NOT_FOR_SCRIPTS = ("pytest", "_pytest", "pluggy", "iniconfig", "xdist", "execnet", "pytest_gputrain.plugin")
+
+
+def run(link: rank.Link, command: Sequence[str], search_path: Sequence[str]) -> NoReturn:
+    """Runs ``[python, -u, [-m,] script, *argv]`` and ends the process.
+
+    A passing rank reports and stays until it is let go; a failing one leaves at once, so that the elastic
+    agent sees what it would see of a real process.
+    """
+    link.hello()
+    _forget_pytest()
+    arguments = list(command[command.index("-u") + 1 :])
+    code, details = _run_to_the_end(arguments, search_path)
+    for stream in (sys.stdout, sys.stderr):
+        with_flush(stream)
+    if code == 0 and not details:
+        link.report("passed", exit_code=0)
+        link.wait_for_release()
+    else:
+        link.report("failed", exit_code=code, **details)
+    os._exit(code)
+
+
+def with_flush(stream: Any) -> None:
+    """Flushes a stream that the script may have closed or replaced."""
+    try:
+        stream.flush()
+    except Exception:  # noqa: BLE001 - anything may stand in for stdout
+        return
+
+
+def _run_to_the_end(arguments: list[str], search_path: Sequence[str]) -> tuple[int, dict[str, Any]]:
+    """(exit code, details of the failure): the script, then what the interpreter does after it."""
+    code, details = 0, {}
+    try:
+        _execute(arguments, search_path)
+    except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt end scripts too
+        code, details = _end_of(error)
+    for thread in threading.enumerate():  # as the interpreter does before it exits
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    _run_exit_handlers()
+    return code, details
+
+
+def _execute(arguments: list[str], search_path: Sequence[str]) -> None:
+    if arguments[0] == "-m":
+        sys.argv[:] = arguments[1:]
+        sys.path[:] = [os.getcwd(), *search_path]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        return
+    path = os.path.abspath(arguments[0])
+    sys.argv[:] = arguments
+    sys.path[:] = [os.path.dirname(os.path.realpath(path)), *search_path]
+    main = types.ModuleType("__main__")
+    main.__file__ = path
+    main.__builtins__ = builtins  # type: ignore[attr-defined]
+    main.__loader__ = importlib.machinery.SourceFileLoader("__main__", path)
+    main.__spec__ = None
+    sys.modules["__main__"] = main
+    exec(compile(Path(path).read_bytes(), path, "exec"), main.__dict__)
+
+
+def _end_of(error: BaseException) -> tuple[int, dict[str, Any]]:
+    """What an uncaught exception makes of a script: its exit code, printed text and report."""
+    if isinstance(error, SystemExit):
+        if error.code is None or error.code == 0:
+            return 0, {}
+        if not isinstance(error.code, int):
+            print(error.code, file=sys.stderr)
+            return 1, rank.describe(error)[1]
+        return error.code & 0xFF, rank.describe(error)[1]
+    tb = rank.skip_machinery(error.__traceback__)
+    try:
+        sys.excepthook(type(error), error, tb)
+    except Exception:  # noqa: BLE001 - a hook of the script's
+        traceback.print_exc()
+    details = rank.describe(error)[1]
+    return (130 if isinstance(error, KeyboardInterrupt) else 1), details
+
+
+def _run_exit_handlers() -> None:
+    import atexit
+
+    run_all = getattr(atexit, "_run_exitfuncs", None)
+    if run_all is not None:
+        try:
+            run_all()
+        except BaseException:  # noqa: BLE001 - as at interpreter exit: printed, exit code unchanged
+            traceback.print_exc()
+
+
+def _forget_pytest() -> None:
+    for name in list(sys.modules):
+        if name.startswith(_NOT_FOR_SCRIPTS) and name.partition(".")[0] != "pytest_gputrain":
+            del sys.modules[name]

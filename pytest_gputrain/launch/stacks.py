@@ -1,0 +1,105 @@
+"""Where a rank is: from faulthandler's dump or a traceback to a line in the user's code."""
+
+from __future__ import annotations
+
+import re
+import sysconfig
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+_FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
+_STDLIB = sysconfig.get_path("stdlib")
+_PURELIB = sysconfig.get_path("purelib")
+
+# The Python frames under which a rank waits for others: collectives, stores, and backward, where the
+# reducer waits in C++ for its buckets.
+_COLLECTIVE = re.compile(
+    r"torch/distributed/(distributed_c10d|rendezvous|_functional_collectives|_tensor|fsdp|device_mesh)"
+    r"|torch/nn/parallel/distributed\.py|torch/autograd/graph\.py"
+)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One Python frame, innermost first in a list."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}"
+
+
+def main_thread(dump: str) -> list[Frame]:
+    """The frames of the rank's main thread in a faulthandler dump, innermost first; empty if there is none.
+
+    The main thread is the one that runs this package's rank code; without it (a crash that was cut short)
+    the thread marked as current.
+    """
+    threads: list[tuple[bool, list[Frame]]] = []
+    for line in dump.splitlines():
+        if line.startswith(("Thread ", "Current thread ")):
+            threads.append((line.startswith("Current"), []))
+        elif threads and (match := _FRAME.match(line)):
+            threads[-1][1].append(Frame(match["file"], int(match["line"]), match["function"]))
+    for _, frames in threads:
+        if any(_is_ours(frame.file) for frame in frames[-12:]):
+            return frames
+    return next((frames for current, frames in threads if current), [])
+
+
+def last_dump(dump: str) -> str:
+    """The last of several dumps in one file: a dump begins at a thread line after a line that is no frame."""
+    lines = dump.rstrip().splitlines()
+    start = 0
+    for number, line in enumerate(lines):
+        if line.startswith("--- dump "):
+            start = number + 1
+    return "\n".join(lines[start:])
+
+
+def user_frame(frames: Sequence[Frame]) -> Frame | None:
+    """The innermost frame in the user's own code.
+
+    Their code is what is neither torch, nor the standard library, nor this package's machinery. An
+    installed third-party library counts only if nothing else is left.
+    """
+    candidates = [frame for frame in frames if not _is_machinery(frame.file)]
+    own = [frame for frame in candidates if not frame.file.startswith(_PURELIB)]
+    return own[0] if own else candidates[0] if candidates else None
+
+
+def in_collective(frames: Sequence[Frame]) -> bool:
+    """Whether the frames above the user's own say that the rank waits for others."""
+    for frame in frames:
+        if _COLLECTIVE.search(frame.file):
+            return True
+        if not _is_machinery(frame.file) and not frame.file.startswith(_PURELIB):
+            return False
+    return False
+
+
+def error_location(tb: TracebackType | None) -> str | None:
+    """``file:line in function`` of the innermost user frame of a traceback, or None."""
+    frames = [Frame(f.filename, f.lineno or 0, f.name) for f in reversed(traceback.extract_tb(tb))]
+    frame = user_frame(frames)
+    return str(frame) if frame else None
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(_PACKAGE + "/launch/")
+
+
+def _is_machinery(file: str) -> bool:
+    if file.startswith(("<frozen", "<string>")) or _is_ours(file):  # <string>: the server's bootstrap
+        return True
+    if file.startswith(_PACKAGE + "/trace/"):
+        return True
+    if "/torch/" in file and (file.startswith(_PURELIB) or "-packages/torch/" in file):
+        return True
+    return file.startswith(_STDLIB) and not file.startswith(_PURELIB)

@@ -1,0 +1,289 @@
+"""Watches one launch from start to end: reports, exits, progress, deadline. No wait here is without a bound."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import output, process, stacks, wire
+from .client import ServerHandle
+from .errors import ServerLost
+from .member import Member
+from .rank import DUMP_SIGNAL
+from .verdict import Ending
+
+TICK = 0.05
+SAMPLE_EVERY = 0.25
+GRACE = 1.0
+"""Seconds that the other ranks of a function get, after a first failure, to report theirs."""
+AGENT_GRACE = 4.0
+"""Seconds that an elastic agent gets to notice a failure, end its workers and print what torchrun prints."""
+DESERTED_AFTER = 1.0
+"""Seconds without movement before ranks that others have left are asked for their stacks."""
+RELEASE_DEADLINE = 10.0
+
+
+class Supervision:
+    """One launch, seen from the process that asked for it."""
+
+    def __init__(self, server: ServerHandle, members: list[Member], spec: dict[str, Any], folder: Path) -> None:
+        self.members = members
+        self.leftovers: list[str] = []
+        self.agent_exits: list[dict[str, Any]] = []
+        self._server, self._spec, self._folder = server, spec, folder
+        self._selector = selectors.DefaultSelector()
+        self._agents: dict[int, socket.socket] = {}
+        self._agent_pids: list[int] = []
+        self._exited_pids: set[int] = set()
+        self._ended: dict[str, Any] | None = None
+        self._restarts_left = spec.get("max_restarts", 0)
+        self._start = self._last_sample = self._next_probe = time.monotonic()
+
+    # -- start and end ------------------------------------------------------------------------------
+
+    def start(self, call: bytes) -> None:
+        """Has the server fork the ranks. Raises ServerLost."""
+        theirs: list[socket.socket] = []
+        per_node = self._spec.get("nproc", len(self.members))
+        for number, member in enumerate(self.members):
+            if self._spec["kind"] == "script" and number % per_node == 0:
+                agent_end, far = socket.socketpair()
+                self._agents[number // per_node] = agent_end
+                self._watch(agent_end, Member(-1, agent_end))
+                theirs.append(far)
+            member.sock, far = socket.socketpair()
+            member.reader = wire.Reader(member.sock)
+            self._watch(member.sock, member)
+            theirs.append(far)
+        self._selector.register(self._server.sock, selectors.EVENT_READ, None)
+        try:
+            wire.send(self._server.sock, self._spec, call, [sock.fileno() for sock in theirs])
+        except OSError:
+            raise self._lost() from None
+        finally:
+            for far in theirs:
+                far.close()
+        self._start = time.monotonic()
+
+    def _watch(self, sock: socket.socket, member: Member) -> None:
+        sock.setblocking(False)
+        self._selector.register(sock, selectors.EVENT_READ, member)
+
+    def watch(self) -> Ending:
+        """Until there is a verdict to give. Raises ServerLost when the fork server dies."""
+        deadline = self._start + self._spec["timeout"]
+        while True:
+            self._receive(min(TICK, max(0.0, deadline - time.monotonic())))
+            if all(member.settled for member in self.members):
+                return "complete" if all(member.report for member in self.members) else "failure"
+            if self._failed():
+                self._grace()
+                return "failure"
+            self._sample()
+            if time.monotonic() >= deadline:
+                return "deadline"
+            if self._deserted():
+                return "deserted"
+            if time.monotonic() - max(m.last_moved for m in self._running()) > self._spec["stall"]:
+                return "stalled"
+
+    def end(self, ending: Ending) -> None:
+        """Lets ranks go that are done, ends all others and everything they started."""
+        if ending == "complete" or not self._running():
+            self._release()
+        else:
+            self._look_closely(ending)
+            self._command("terminate")
+            self._receive_until(lambda: not any(m.exit is None for m in self._running()), 0.5)
+        self._command("end")
+        self._receive_until(lambda: self._ended is not None, 30.0)
+        if self._ended is None:
+            raise ServerLost("the launch could not be ended in 30 s")
+        if ending == "complete":
+            self.leftovers = self._ended["leftovers"]
+
+    def close(self) -> None:
+        """Closes this side of every socket."""
+        self._selector.close()
+        for sock in [*self._agents.values(), *(member.sock for member in self.members if member.sock)]:
+            sock.close()
+
+    def _release(self) -> None:
+        for member in self.members:
+            if member.sock:
+                with contextlib.suppress(OSError):
+                    member.sock.shutdown(socket.SHUT_WR)
+        pids = self._agent_pids or [m.pid for m in self.members if m.pid]
+        self._receive_until(lambda: self._exited_pids.issuperset(pids), RELEASE_DEADLINE)
+
+    def _command(self, op: str) -> None:
+        try:
+            wire.send(self._server.sock, {"op": op})
+        except OSError:
+            raise self._lost() from None
+
+    def _lost(self) -> ServerLost:
+        return ServerLost(f"the process that forks the ranks died: {self._server.last_words()}")
+
+    # -- what comes in ------------------------------------------------------------------------------
+
+    def _receive_until(self, done: Any, within: float) -> None:
+        limit = time.monotonic() + within
+        while not done() and time.monotonic() < limit:
+            self._receive(TICK)
+
+    def _receive(self, timeout: float) -> None:
+        for key, _ in self._selector.select(timeout):
+            if key.data is None:
+                if not self._server.reader.read():
+                    raise self._lost()
+                for header, _body in self._server.reader.frames():
+                    self._server_event(header)
+            else:
+                self._read(key.data)
+
+    def _read(self, member: Member) -> None:
+        """Takes all that a rank (or agent) has sent so far."""
+        sock = member.sock
+        assert sock is not None and member.reader is not None
+        before = -1
+        while before != member.reader.received:
+            before = member.reader.received
+            if not member.reader.read():
+                with contextlib.suppress(KeyError, ValueError):
+                    self._selector.unregister(sock)
+                break
+        for header, body in member.reader.frames():
+            self._rank_event(member, header, body)
+
+    def _rank_event(self, member: Member, header: dict[str, Any], body: bytes) -> None:
+        if header["kind"] == "exit":
+            target = self._by_rank(header["rank"])
+            if target and header["restart"] == target.restart:
+                self._read(target)  # its report may still be on the way
+                target.exited(header)
+            return
+        if header["kind"] == "hello":
+            # Which node gets which ranks is the rendezvous's choice.
+            if (other := self._by_rank(header["rank"])) is not None:
+                other.rank = member.rank
+            member.hello(header)
+            self._restarts_left = self._spec.get("max_restarts", 0) - header["restart"]
+        elif header["restart"] == member.restart:
+            member.reported(header, body)
+
+    def _server_event(self, header: dict[str, Any]) -> None:
+        if header["event"] == "started":
+            if self._spec["kind"] == "script":
+                self._agent_pids = header["pids"]
+            else:
+                for member, pid in zip(self.members, header["pids"], strict=True):
+                    member.pid = pid
+        elif header["event"] == "exit":
+            self._exited_pids.add(header["pid"])
+            for member in self.members:
+                if member.pid == header["pid"] and self._spec["kind"] == "function":
+                    self._read(member)
+                    member.exited(header)
+            if header["pid"] in self._agent_pids:
+                self.agent_exits.append(header)
+        elif header["event"] == "ended":
+            self._ended = header
+
+    def _by_rank(self, rank: int) -> Member | None:
+        return next((member for member in self.members if member.rank == rank), None)
+
+    # -- what it means ------------------------------------------------------------------------------
+
+    def _running(self) -> list[Member]:
+        return [member for member in self.members if not member.settled]
+
+    def _failed(self) -> bool:
+        if self._agent_pids and len(self.agent_exits) == len(self._agent_pids):
+            return True
+        return self._restarts_left <= 0 and any(member.failed for member in self.members)
+
+    def _grace(self) -> None:
+        """Gives the other ranks time to fail as well, so that the earliest can be told from the rest."""
+        if self._spec["kind"] == "script":
+            self._receive_until(lambda: len(self.agent_exits) == len(self._agent_pids), AGENT_GRACE)
+            return
+        began, limit = time.monotonic(), time.monotonic() + GRACE
+        while self._running() and time.monotonic() < limit:
+            self._receive(TICK)
+            self._sample()
+            still = time.monotonic() - max((m.last_moved for m in self._running()), default=0.0)
+            if min(still, time.monotonic() - began) > 2 * SAMPLE_EVERY:
+                return
+
+    def _sample(self) -> None:
+        now = time.monotonic()
+        if now - self._last_sample < SAMPLE_EVERY:
+            return
+        self._last_sample = now
+        ticks = process.cpu_ticks([member.pid for member in self._running() if member.pid])
+        for member in self._running():
+            folder = self._folder / f"rank{member.rank}"
+            size = 0
+            for name in ("stdout.log", "stderr.log"):
+                with contextlib.suppress(OSError):
+                    size += (folder / name).stat().st_size
+                output.relieve(folder / name)
+            member.observe(now, ticks.get(member.pid or 0, 0), size)
+
+    def _deserted(self) -> bool:
+        """Whether ranks that are done have left the others waiting in a collective: a certain hang."""
+        running, now = self._running(), time.monotonic()
+        if len(running) == len(self.members) or now < self._next_probe:
+            return False
+        if any(member.pid is None or now - member.last_moved < DESERTED_AFTER for member in running):
+            return False
+        self._next_probe = now + 2.0
+        self._dump(running)
+        return all(member.in_collective for member in running)
+
+    def _look_closely(self, ending: Ending) -> None:
+        """Stacks of what still runs, and whether it moves: before it is ended."""
+        running = self._running()
+        self._dump(running)
+        if ending != "deadline":
+            return
+        recent = min(1.0, self._spec["timeout"] / 2)
+        for member in running:
+            member.moving = time.monotonic() - member.last_moved < recent
+            member.settle_down()
+        self._receive_until(lambda: False, 2 * SAMPLE_EVERY)
+        self._last_sample = 0.0
+        began = time.monotonic() - SAMPLE_EVERY
+        self._sample()
+        for member in running:
+            member.moving = member.moving or member.last_moved >= began
+
+    def _dump(self, members: Sequence[Member]) -> None:
+        asked: list[tuple[Member, Path, int]] = []
+        for member in members:
+            path = self._folder / f"rank{member.rank}" / "stacks.txt"
+            if member.pid is None or not path.exists():
+                continue
+            with path.open("a") as file:
+                file.write(f"--- dump {time.strftime('%H:%M:%S')}\n")
+            with contextlib.suppress(OSError):
+                size = path.stat().st_size
+                os.kill(member.pid, DUMP_SIGNAL)
+                asked.append((member, path, size))
+        limit = time.monotonic() + 1.0
+        while time.monotonic() < limit and any(path.stat().st_size == size for _, path, size in asked):
+            time.sleep(0.01)
+        time.sleep(0.02)  # faulthandler writes in pieces
+        for member, path, _ in asked:
+            member.stacks = stacks.last_dump(path.read_text(errors="replace"))
+            frames = stacks.main_thread(member.stacks)
+            frame = stacks.user_frame(frames)
+            member.waiting_at = str(frame) if frame else None
+            member.in_collective = stacks.in_collective(frames)
