@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
+
+from pytest_gputrain.values import LEGAL_SECONDS, parse_seconds
 
 if TYPE_CHECKING:
     from pytest_gputrain.case import TrainingCase
@@ -56,20 +57,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Run the shipped checks over your training cases, or over the embedded reference models.",
         epilog="Exit codes: 0 passed, 1 failed, 2 bad input, 5 nothing ran (all skipped), 130 interrupted.",
     )
-    check.add_argument("specs", nargs="*", metavar="MODULE:ATTR", help="training cases (default: reference)")
-    # No default list: argparse appends to the default object itself.
-    check.add_argument(
-        "--gputrain-case", action="append", metavar="MODULE:ATTR", help="the same, as in pytest"
-    )
-    check.add_argument("--checks", metavar="A,B", help="ids of the checks to run (default: all)")
-    check.add_argument(
-        "--world-size", type=_ranks, default=2, metavar="N", help="number of ranks (default: 2)"
-    )
-    check.add_argument(
-        "--device", type=_device, default="cpu", help="cpu (gloo) or cuda (nccl); default: cpu"
-    )
-    check.add_argument("--timeout", type=_seconds, metavar="SECONDS", help="deadline of one launch")
-    check.add_argument("--json", type=_file, metavar="FILE", help="also write the results there")
+    add = check.add_argument
+    add("specs", nargs="*", metavar="MODULE:ATTR", help="training cases (default: the reference models)")
+    add("--gputrain-case", action="append", metavar="MODULE:ATTR", help="the same, spelled as in pytest")
+    add("--checks", metavar="A,B", help="ids of the checks to run (default: all)")
+    add("--world-size", type=_ranks, default=2, metavar="N", help="number of ranks (default: 2)")
+    add("--device", type=_device, default="cpu", help="cpu (gloo, the default) or cuda (nccl)")
+    add("--timeout", type=_seconds, metavar="SECONDS", help="deadline of one launch")
+    add("--json", type=_file, metavar="FILE", help="also write the results there")
     return parser
 
 
@@ -87,12 +82,9 @@ def _device(text: str) -> str:
 
 def _seconds(text: str) -> float:
     try:
-        seconds = float(text)
+        return parse_seconds(text)
     except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a number of seconds above 0")
-    return seconds
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give {LEGAL_SECONDS}") from None
 
 
 def _file(text: str) -> Path:
@@ -104,6 +96,7 @@ def _file(text: str) -> Path:
 
 def _check(options: argparse.Namespace) -> int:
     from pytest_gputrain import checks as room
+    from pytest_gputrain.case import CaseError
     from pytest_gputrain.launch import LaunchUsageError
 
     ids = _selected(options.checks, room.all_check_ids())
@@ -121,7 +114,7 @@ def _check(options: argparse.Namespace) -> int:
                 timeout=options.timeout,
                 on_result=show,
             )
-    except (room.CaseError, LaunchUsageError) as error:
+    except (CaseError, LaunchUsageError) as error:
         raise _UsageError(str(error)) from None
     return _finish(results, options)
 

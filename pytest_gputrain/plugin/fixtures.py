@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from torch import nn
-
     from pytest_gputrain.plugin.launcher import PytestLauncher
-    from pytest_gputrain.trace.gradients import GradientRecord
+    from pytest_gputrain.trace.gradients import GradTracer
 
 
 @pytest.fixture
@@ -41,8 +36,8 @@ def ddp_launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def grad_tracer() -> Callable[[nn.Module], AbstractContextManager[GradientRecord]]:
+def grad_tracer() -> type[GradTracer]:
     """Return ``grad_tracer(model)``, a context manager that records which parameters got a gradient."""
-    from pytest_gputrain.trace import gradients
+    from pytest_gputrain.trace.gradients import GradTracer
 
-    return gradients.grad_tracer
+    return GradTracer

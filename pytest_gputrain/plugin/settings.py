@@ -7,7 +7,6 @@ argument of the fixture) goes before all of these.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+
+from pytest_gputrain.values import LEGAL_SECONDS, parse_seconds
 
 COMMAND_LINE = "the command line"
 DEFAULT = "default"
@@ -71,10 +72,10 @@ class _Given:
 
 
 def _parse_case(text: str, folder: Path) -> str:
-    module, colon, attribute = text.strip().rpartition(":")
-    if not (module and colon and attribute):
-        raise ValueError
-    return text.strip()
+    # Imported here: a session that gives no case does not pay for it.
+    from pytest_gputrain.loading import split_spec
+
+    return ":".join(split_spec(text, "case"))
 
 
 def _parse_folder(text: str, folder: Path) -> Path:
@@ -92,10 +93,7 @@ def _parse_count(text: str, folder: Path) -> int:
 
 
 def _parse_seconds(text: str, folder: Path) -> float:
-    seconds = float(text)
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError
-    return seconds
+    return parse_seconds(text)
 
 
 def _parse_flag(text: str, folder: Path) -> bool:
@@ -137,7 +135,7 @@ SETTINGS = (
         "timeout",
         "--gputrain-timeout",
         "seconds that one launch may take before it is ended, with the stacks of all ranks",
-        "a number of seconds above 0",
+        LEGAL_SECONDS,
         _parse_seconds,
         300.0,
         "SECONDS",
@@ -146,7 +144,7 @@ SETTINGS = (
         "stall",
         "--gputrain-stall",
         "seconds without any progress after which a launch counts as hung",
-        "a number of seconds above 0",
+        LEGAL_SECONDS,
         _parse_seconds,
         60.0,
         "SECONDS",
