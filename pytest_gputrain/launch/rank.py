@@ -175,7 +175,10 @@ def describe(error: BaseException) -> tuple[str, dict[str, Any]]:
         return "skipped", {"error": _error(error, safe_str(error))}
     if isinstance(error, SystemExit):
         return "failed", {"error": _error(error, f"sys.exit({error.code!r})", "SystemExit")}
-    return "failed", {"error": _error(error, safe_str(error))}
+    message = safe_str(error)
+    if not message and isinstance(error, AssertionError):  # not rewritten: show what was asserted
+        message = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return "failed", {"error": _error(error, message)}
 
 
 def _is_skip(error: BaseException) -> bool:

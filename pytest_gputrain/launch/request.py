@@ -100,7 +100,7 @@ def environment(given: object) -> dict[str, str]:
 
 
 def script_or_module(given: object, module: bool) -> str:
-    """A script's path, made absolute, or the name of a module that can be found. Raises LaunchUsageError."""
+    """A script's path as given (it is ``sys.argv[0]``) or the name of a module. Raises LaunchUsageError."""
     if not isinstance(given, (str, os.PathLike)):
         raise LaunchUsageError(f"script={given!r}: must be a path to a Python script, or a module name with module=True")
     text = os.fspath(given)
@@ -115,7 +115,7 @@ def script_or_module(given: object, module: bool) -> str:
         raise LaunchUsageError(f"script {str(path.absolute())!r} {why}; give the path of a Python script{hint}")
     if not os.access(path, os.R_OK):
         raise LaunchUsageError(f"script {str(path.absolute())!r} cannot be read; check its permissions")
-    return str(path.absolute())
+    return text
 
 
 def _module_exists(name: str) -> bool:

@@ -77,7 +77,7 @@ def _echoes(ranks: Sequence[RankResult]) -> tuple[Verdict, Cause] | None:
     verdict = Verdict.HUNG if first.error.is_wait_timeout else Verdict.FAILED
     gone = [rank for rank in ranks if rank.state in ("passed", "skipped") and rank.seconds <= first.seconds]
     if gone:
-        return verdict, _left(gone, first.rank, first.error.location, first.error.headline)
+        return verdict, _left(gone, f"rank {first.rank} needed it ({first.error.headline})", first.error.location)
     absent = [rank for rank in ranks if rank.state == "ended" and not rank.in_collective]
     if first.error.is_wait_timeout and absent:
         where = f" at {absent[0].waiting_at}" if absent[0].waiting_at else ""
@@ -87,14 +87,14 @@ def _echoes(ranks: Sequence[RankResult]) -> tuple[Verdict, Cause] | None:
     return verdict, Cause(first.rank, "exception", message, first.error.location)
 
 
-def _left(gone: Sequence[RankResult], waiting: int, at: str | None, why: str) -> Cause:
+def _left(gone: Sequence[RankResult], others: str, at: str | None) -> Cause:
     left = min(gone, key=lambda rank: (rank.seconds, rank.rank))
     if left.state == "skipped":
         reason = left.error.message if left.error else ""
         did = f"skipped ({reason})" if reason else "skipped"
     else:
-        did = "had already finished"
-    return Cause(left.rank, "left", f"rank {left.rank} {did} while rank {waiting} still needed it: {why}", at)
+        did = "had finished"
+    return Cause(left.rank, "left", f"rank {left.rank} {did} while {others}", at)
 
 
 def _stuck(ranks: Sequence[RankResult], ending: Ending, seconds: float) -> tuple[Verdict, Cause] | None:
@@ -111,7 +111,7 @@ def _stuck(ranks: Sequence[RankResult], ending: Ending, seconds: float) -> tuple
         return Verdict.TIMED_OUT, Cause(slow.rank, "slow", message, slow.waiting_at)
     if gone and waiting and not elsewhere:
         first = waiting[0]
-        return Verdict.HUNG, _left(gone, first.rank, first.waiting_at, "it waits in a collective")
+        return Verdict.HUNG, _left(gone, f"rank {first.rank} waits for it in a collective", first.waiting_at)
     if elsewhere:
         stuck = elsewhere[0]
         others = f"; rank {waiting[0].rank} waits in a collective" if waiting else ""
