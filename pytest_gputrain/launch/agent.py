@@ -37,7 +37,7 @@ def run(spec: Mapping[str, Any], number: int, fds: Sequence[int], parent: int) -
         torchrun.run(torchrun.parse_args([*spec["torchrun"], *options, *spec["command"]]))
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    except BaseException:  # noqa: BLE001 - ChildFailedError above all: torchrun prints it and exits 1
+    except BaseException:  # ChildFailedError above all: torchrun prints it and exits 1
         traceback.print_exc()
         code = 1
     sys.stderr.flush()
@@ -49,12 +49,12 @@ def _rendezvous(spec: Mapping[str, Any], number: int) -> list[str]:
     """Options that let the nodes of one host meet; none for one node or where the user gave an endpoint."""
     if not spec["simulated_nodes"]:
         return []
-    import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     port_file = Path(spec["folder"]) / "rendezvous-port"
     if number == 0:
         # The kernel chooses the port; torch's rendezvous joins this store instead of opening one.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, multi_tenant=True, wait_for_workers=False)
+        store = TCPStore("127.0.0.1", 0, is_master=True, multi_tenant=True, wait_for_workers=False)
         globals()["_store"] = store  # closed with the process, not with this function
         part = port_file.with_suffix(".part")
         part.write_text(str(store.port))
@@ -64,7 +64,9 @@ def _rendezvous(spec: Mapping[str, Any], number: int) -> list[str]:
     return ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port_file.read_text()}"]
 
 
-def _replace_popen(spec: Mapping[str, Any], agent_fd: int, rank_fds: Sequence[int], search_path: list[str]) -> None:
+def _replace_popen(
+    spec: Mapping[str, Any], agent_fd: int, rank_fds: Sequence[int], search_path: list[str]
+) -> None:
     import torch.distributed.elastic.multiprocessing.api as api
     from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
@@ -80,7 +82,7 @@ def _replace_popen(spec: Mapping[str, Any], agent_fd: int, rank_fds: Sequence[in
         kwargs.setdefault("numa_options", None)
         return ForkedHandler(*args, **_accepted(SubprocessHandler.__init__, kwargs))
 
-    api.get_subprocess_handler = get_handler
+    api.get_subprocess_handler = get_handler  # type: ignore[attr-defined]
 
 
 def _accepted(function: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class ServerHandle:
         return self._process.poll() is None
 
     def close(self, within: float = 15.0) -> None:
-        """Ends the server and all below it. The closed socket makes it clean up; SIGKILL only if it does not."""
+        """Ends the server and all below it: it cleans up when its socket closes; SIGKILL if it does not."""
         self.sock.close()
         try:
             self._process.wait(within)

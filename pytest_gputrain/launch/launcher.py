@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import client, output, payload, request, sweep
-from .errors import LaunchError, ServerLost
+from .errors import LaunchError, LaunchUsageError, ServerLost
 from .member import Member
 from .records import Cause, Verdict
 from .request import LaunchDefaults
@@ -59,7 +59,7 @@ class Launcher:
         request.one_of("isolation", isolation, request.ISOLATIONS)
         where, how = request.device_and_backend(device or self.defaults.device, backend, size)
         if not callable(target):
-            raise request.LaunchUsageError(f"target={target!r}: must be a function; for a script use .torchrun(path)")
+            raise LaunchUsageError(f"target={target!r}: must be a function; for a script use .torchrun(path)")
         environ = self._environ(request.environment(env), size)
         spec = {
             **self._times(timeout, stall),
@@ -89,7 +89,7 @@ class Launcher:
         env: Mapping[str, str | None] | None = None,
         check: bool = True,
     ) -> LaunchResult:
-        """Runs an unmodified script (or module, as ``-m``) under torch's elastic agent, ``nproc`` ranks a node.
+        """Runs an unmodified script (or module) under torch's elastic agent, ``nproc`` ranks a node.
 
         Environment, ``argv``, exit code and error text are torchrun's. With ``nnodes`` above 1 and no
         ``rdzv_endpoint`` the nodes are played on this host; with ``rdzv_endpoint="host:port"`` this host is
@@ -135,13 +135,23 @@ class Launcher:
         if world_size > 1:  # as torchrun does: N ranks with a thread a core each would trip over each other
             environ.setdefault("OMP_NUM_THREADS", "1")
         # MASTER_PORT follows when the kernel has chosen one.
-        shared = {"WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size, "GROUP_RANK": 0, "GROUP_WORLD_SIZE": 1}
+        shared = {
+            "WORLD_SIZE": world_size,
+            "LOCAL_WORLD_SIZE": world_size,
+            "GROUP_RANK": 0,
+            "GROUP_WORLD_SIZE": 1,
+        }
         return {**environ, **{name: str(value) for name, value in shared.items()},
                 "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
 
     def _run(self, spec: dict[str, Any], call: bytes, size: int, name: str, check: bool) -> LaunchResult:
         temporary, folder = self._folder(name)
-        spec |= {"op": "launch", "folder": str(folder), "temporary": temporary is not None, "cwd": os.getcwd()}
+        spec |= {
+            "op": "launch",
+            "folder": str(folder),
+            "temporary": temporary is not None,
+            "cwd": os.getcwd(),
+        }
         if spec["kind"] == "script":
             spec["torchrun"].append(f"--log-dir={folder / 'torchrun'}")
         result = _watched(spec, call, [Member(rank) for rank in range(size)], folder)
@@ -162,11 +172,11 @@ class Launcher:
 def _rendezvous(endpoint: str | None, node_rank: int | None) -> list[str]:
     if endpoint is None:
         if node_rank is not None:
-            raise request.LaunchUsageError(f"node_rank={node_rank!r} needs rdzv_endpoint='host:port' of node 0")
+            raise LaunchUsageError(f"node_rank={node_rank!r} needs rdzv_endpoint='host:port' of node 0")
         return []
     host, colon, port = str(endpoint).rpartition(":")
     if not (host and colon and port.isdigit() and int(port) < 65536):
-        raise request.LaunchUsageError(f"rdzv_endpoint={endpoint!r}: must be 'host:port', such as '10.0.0.1:29400'")
+        raise LaunchUsageError(f"rdzv_endpoint={endpoint!r}: must be 'host:port', such as '10.0.0.1:29400'")
     if node_rank is None:
         return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
     number = request.whole("node_rank", node_rank, least=0)
@@ -185,9 +195,9 @@ def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: P
         supervision.end(ending)
         in_order = True
     except ServerLost as error:
-        cause = Cause(None, "server", str(error))
+        lost = Cause(None, "server", str(error))
         ranks = [member.result(folder, start, first_failure=start) for member in members]
-        return LaunchResult(Verdict.CRASHED, cause, ranks, folder, time.monotonic() - start)
+        return LaunchResult(Verdict.CRASHED, lost, ranks, folder, time.monotonic() - start)
     finally:
         supervision.close()
         if in_order:
@@ -200,20 +210,18 @@ def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: P
     ranks = [member.result(folder, start, first_failure=min(failures, default=start)) for member in members]
     ranks.sort(key=lambda rank: rank.rank)
     verdict, cause = judge(ranks, ending, seconds=seconds)
-    agents = supervision.agent_exits
     agent_output = output.read(folder / "agent0" / "stderr.log")
-    if any(agent["exit_code"] != 0 for agent in agents) and not failures:
-        verdict, cause = Verdict.CRASHED, _agent_failed(agents, agent_output)
+    if supervision.failed_agents and not failures:
+        verdict, cause = Verdict.CRASHED, _agent_failed(supervision.failed_agents[0], agent_output)
     return LaunchResult(verdict, cause, ranks, folder, seconds, supervision.leftovers, agent_output)
 
 
-def _agent_failed(agents: list[dict[str, Any]], text: str) -> Cause:
+def _agent_failed(agent: dict[str, Any], text: str) -> Cause:
     """torchrun failed and none of its ranks did: it was killed, or its rendezvous did not come about."""
-    first = next(agent for agent in agents if agent["exit_code"] != 0)
-    if first["signal"]:
-        return Cause(None, "signal", f"torchrun was killed by {first['signal']}")
+    if agent["signal"]:
+        return Cause(None, "signal", f"torchrun was killed by {agent['signal']}")
     last = (text.strip().splitlines() or ["no output"])[-1]
-    return Cause(None, "torchrun", f"torchrun left with exit code {first['exit_code']}: {last}")
+    return Cause(None, "torchrun", f"torchrun left with exit code {agent['exit_code']}: {last}")
 
 
 launch = Launcher()

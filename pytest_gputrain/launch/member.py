@@ -11,7 +11,7 @@ from . import output, payload, stacks, wire
 from .records import RankError, RankOutcome, RankResult
 
 _MOVED_TICKS = 3
-"""Clock ticks (10 ms) within a second that count as movement: background threads of an idle rank use fewer."""
+"""Clock ticks (10 ms) a second that count as movement: background threads of an idle rank use fewer."""
 
 
 class Member:
@@ -79,7 +79,8 @@ class Member:
         found = RankResult(
             self.rank, state, pid=self.pid, seconds=max(0.0, at - start) if at else 0.0,
             stdout=self._stream(path / "stdout.log"), stderr=self._stream(path / "stderr.log"),
-            stacks=self.stacks, waiting_at=self.waiting_at, in_collective=self.in_collective, moving=self.moving,
+            stacks=self.stacks, waiting_at=self.waiting_at, in_collective=self.in_collective,
+            moving=self.moving,
         )  # fmt: skip
         if self.exit is not None:
             found.exit_code, found.signal = self.exit["exit_code"], self.exit["signal"]
@@ -108,9 +109,10 @@ class Member:
     def _unpack(self, found: RankResult) -> None:
         try:
             found.value = payload.unpack_value(self.body)
-        except Exception as error:  # noqa: BLE001 - unpickling runs foreign code
+        except Exception as error:  # unpickling runs foreign code
             found.state = "failed"
-            text = f"the value that rank {self.rank} returned cannot be read here: {type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {error}"
+            text = f"the value that rank {self.rank} returned cannot be read here: {why}"
             found.error = RankError("UnpicklableValue", text, "", None)
 
     @staticmethod

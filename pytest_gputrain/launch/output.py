@@ -96,7 +96,7 @@ def rank_list(ranks: Iterable[int]) -> str:
 
 
 def grouped(texts: dict[int, str]) -> list[tuple[list[int], str]]:
-    """Ranks that said the same thing, together: ``[([0, 1, 3], "..."), ([2], "...")]``, empty texts left out."""
+    """Ranks that said the same, together: ``[([0, 1, 3], "..."), ([2], "...")]``; empty texts left out."""
     groups: dict[str, list[int]] = {}
     for rank, text in sorted(texts.items()):
         if text.strip():

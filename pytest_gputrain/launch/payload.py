@@ -26,7 +26,7 @@ def pack_call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     try:
         with _by_value(_rewritten_modules()):
             return _dumps(call)
-    except Exception:  # noqa: BLE001 - pickling runs foreign code; a global of the test module may refuse
+    except Exception:  # pickling runs foreign code; a global of the test module may refuse
         try:
             return _dumps(call)
         except Exception as error:
@@ -76,7 +76,8 @@ def _rewritten_modules() -> list[ModuleType]:
     return [
         module
         for module in list(sys.modules.values())
-        if type(getattr(getattr(module, "__spec__", None), "loader", None)).__name__ == "AssertionRewritingHook"
+        if type(getattr(getattr(module, "__spec__", None), "loader", None)).__name__
+        == "AssertionRewritingHook"
         and "-packages" not in (getattr(module, "__file__", None) or "")
         and module.__name__.partition(".")[0] != "pytest_gputrain"
     ]

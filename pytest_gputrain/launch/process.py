@@ -60,7 +60,7 @@ def describe(process: psutil.Process) -> str:
 
 
 def kill_descendants(reaped: list[tuple[int, int]], *, within: float = 10.0) -> bool:
-    """SIGKILL to everything below this process until nothing is left. False if something survived ``within`` s.
+    """SIGKILL to everything below this process until nothing is left; False if that took over ``within`` s.
 
     In a loop, because a process may fork between the listing and the signal; each round stops the whole
     generation before it kills it. The wait statuses of children that ended are appended to ``reaped``.
@@ -83,7 +83,7 @@ def kill_descendants(reaped: list[tuple[int, int]], *, within: float = 10.0) -> 
 
 def reap() -> list[tuple[int, int]]:
     """``(pid, wait status)`` of every child that has ended since; includes adopted orphans."""
-    ended = []
+    ended: list[tuple[int, int]] = []
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)

@@ -90,7 +90,7 @@ def _reset_signals() -> None:
 
 
 def _redirect(folder: Path) -> None:
-    """Points descriptors 0, 1 and 2 at /dev/null and the rank's files, and faulthandler at files of its own."""
+    """Points descriptors 0, 1, 2 at /dev/null and the rank's files, faulthandler at files of its own."""
     devnull = os.open(os.devnull, os.O_RDONLY)
     os.dup2(devnull, 0)
     os.close(devnull)
@@ -102,12 +102,17 @@ def _redirect(folder: Path) -> None:
     # By line, so that the last words of a rank that is killed are in the file.
     sys.stdout = open(1, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, f"__{name}__", getattr(sys, name))
     faulthandler.enable(output.open_stream(folder / "crash.txt"), all_threads=True)
-    faulthandler.register(DUMP_SIGNAL, output.open_stream(folder / "stacks.txt"), all_threads=True, chain=False)
+    faulthandler.register(
+        DUMP_SIGNAL, output.open_stream(folder / "stacks.txt"), all_threads=True, chain=False
+    )
 
 
-def run_function(link: Link, spec: Mapping[str, Any], rank: int, call: bytes, listen_fd: int | None) -> NoReturn:
+def run_function(
+    link: Link, spec: Mapping[str, Any], rank: int, call: bytes, listen_fd: int | None
+) -> NoReturn:
     """A rank's life around a function of the user; ends the process."""
     try:
         link.hello()
@@ -117,7 +122,7 @@ def run_function(link: Link, spec: Mapping[str, Any], rank: int, call: bytes, li
         body = _pack(value, rank)
         _flush()
         link.report("passed", body)
-    except BaseException as error:  # noqa: BLE001 - SystemExit and pytest's outcomes are BaseExceptions
+    except BaseException as error:  # SystemExit and pytest's outcomes are BaseExceptions
         _flush()
         state, details = describe(error)
         link.report(state, **details)
@@ -137,13 +142,14 @@ def _pack(value: object, rank: int) -> bytes:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise UnpicklableValue(
             f"rank {rank} returned a {kind}, which cannot be pickled ({type(error).__name__}: "
-            f"{' '.join(safe_str(error).split())[:200]}); return numbers, tensors, strings or containers of these"
+            f"{' '.join(safe_str(error).split())[:200]}); return numbers, tensors, text or containers of them"
         ) from None
 
 
 def _join_group(spec: Mapping[str, Any], rank: int, listen_fd: int | None) -> None:
     import torch
     import torch.distributed as dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     world_size, device = spec["world_size"], spec["device"]
     if "OMP_NUM_THREADS" in os.environ:
@@ -151,11 +157,11 @@ def _join_group(spec: Mapping[str, Any], rank: int, listen_fd: int | None) -> No
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if device == "cuda":
         torch.cuda.set_device(rank % max(1, torch.cuda.device_count()))
-    dist.set_debug_level_from_env()  # torch read it when the server started
+    dist.set_debug_level_from_env()  # type: ignore[attr-defined]  # read when the server started
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # The group's own timeout is later than the launch's: the launch names the culprit, the group a victim.
     timeout = datetime.timedelta(seconds=spec["timeout"] + 60)
-    store = dist.TCPStore(
+    store = TCPStore(
         host,
         port,
         world_size,
@@ -164,9 +170,7 @@ def _join_group(spec: Mapping[str, Any], rank: int, listen_fd: int | None) -> No
         wait_for_workers=False,
         master_listen_fd=listen_fd if rank == 0 else None,
     )
-    dist.init_process_group(
-        spec["backend"], store=store, rank=rank, world_size=world_size, timeout=timeout
-    )
+    dist.init_process_group(spec["backend"], store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def describe(error: BaseException) -> tuple[str, dict[str, Any]]:
@@ -185,7 +189,9 @@ def _is_skip(error: BaseException) -> bool:
     """pytest.skip or unittest.SkipTest, recognised without importing pytest."""
     if isinstance(error, unittest.SkipTest):
         return True
-    return any(base.__module__ == "_pytest.outcomes" and base.__name__ == "Skipped" for base in type(error).__mro__)
+    return any(
+        base.__module__ == "_pytest.outcomes" and base.__name__ == "Skipped" for base in type(error).__mro__
+    )
 
 
 def _error(error: BaseException, message: str, name: str | None = None) -> dict[str, str | None]:
@@ -202,14 +208,18 @@ def _error(error: BaseException, message: str, name: str | None = None) -> dict[
 
 
 def _type_name(kind: type[BaseException]) -> str:
-    return kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        kind.__qualname__
+        if kind.__module__ in ("builtins", "__main__")
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
 
 
 def safe_str(error: BaseException) -> str:
     """``str(error)``, also for an exception whose ``__str__`` raises."""
     try:
         return str(error)
-    except Exception as second:  # noqa: BLE001 - anything may come out of a user's __str__
+    except Exception as second:  # anything may come out of a user's __str__
         return f"<{type(error).__name__} whose __str__ raised {type(second).__name__}>"
 
 
@@ -225,7 +235,7 @@ def format_error(error: BaseException, tb: TracebackType | None) -> str:
     """The traceback as Python prints it; never raises, whatever the exception does."""
     try:
         return "".join(traceback.format_exception(type(error), error, tb))
-    except Exception:  # noqa: BLE001 - a broken __cause__ or __notes__ of the user's exception
+    except Exception:  # a broken __cause__ or __notes__ of the user's exception
         return "".join(traceback.format_tb(tb)) + f"{type(error).__name__}: {safe_str(error)}\n"
 
 

@@ -88,31 +88,41 @@ def environment(given: object) -> dict[str, str]:
     if given is None:
         return environ
     if not isinstance(given, Mapping):
-        raise LaunchUsageError(f"env={given!r}: must be a mapping of names to strings (None removes a variable)")
+        raise LaunchUsageError(
+            f"env={given!r}: must be a mapping of names to strings (None removes a variable)"
+        )
     for name, value in given.items():
         if value is None:
             environ.pop(name, None)
         elif isinstance(name, str) and isinstance(value, str):
             environ[name] = value
         else:
-            raise LaunchUsageError(f"env[{name!r}]={value!r}: names and values must be strings; write {str(value)!r}")
+            raise LaunchUsageError(
+                f"env[{name!r}]={value!r}: names and values must be strings; write {str(value)!r}"
+            )
     return environ
 
 
 def script_or_module(given: object, module: bool) -> str:
     """A script's path as given (it is ``sys.argv[0]``) or the name of a module. Raises LaunchUsageError."""
     if not isinstance(given, (str, os.PathLike)):
-        raise LaunchUsageError(f"script={given!r}: must be a path to a Python script, or a module name with module=True")
+        raise LaunchUsageError(
+            f"script={given!r}: must be a path to a Python script, or a module name with module=True"
+        )
     text = os.fspath(given)
     if module:
         if not _module_exists(text):
-            raise LaunchUsageError(f"module {text!r} cannot be found from {os.getcwd()}; check its name and PYTHONPATH")
+            raise LaunchUsageError(
+                f"module {text!r} cannot be found from {os.getcwd()}; check its name and PYTHONPATH"
+            )
         return text
     path = Path(text)
     if not path.is_file():
         why = "is a folder" if path.is_dir() else "does not exist"
         hint = "; for a module give module=True" if "/" not in text and not text.endswith(".py") else ""
-        raise LaunchUsageError(f"script {str(path.absolute())!r} {why}; give the path of a Python script{hint}")
+        raise LaunchUsageError(
+            f"script {str(path.absolute())!r} {why}; give the path of a Python script{hint}"
+        )
     if not os.access(path, os.R_OK):
         raise LaunchUsageError(f"script {str(path.absolute())!r} cannot be read; check its permissions")
     return text

@@ -75,7 +75,11 @@ class LaunchResult:
         return self.cause is not None and rank.rank == self.cause.rank and rank.state in ("failed", "crashed")
 
     def _traceback(self) -> list[str]:
-        texts = {r.rank: r.error.traceback for r in self.ranks if r.error and not r.error.is_victim and r.state == "failed"}
+        texts = {
+            r.rank: r.error.traceback
+            for r in self.ranks
+            if r.error and not r.error.is_victim and r.state == "failed"
+        }
         if not texts and self.verdict is not Verdict.PASSED:
             texts = {r.rank: r.stacks for r in self.ranks if r.stacks}
         shown = []
@@ -87,7 +91,11 @@ class LaunchResult:
     def _outputs(self) -> list[str]:
         shown = []
         for name in ("stdout", "stderr"):
-            texts = {r.rank: output.last_lines(getattr(r, name), _OUTPUT_LINES) for r in self.ranks if getattr(r, name)}
+            texts = {
+                r.rank: output.last_lines(getattr(r, name), _OUTPUT_LINES)
+                for r in self.ranks
+                if getattr(r, name)
+            }
             for ranks, text in output.grouped(texts)[:4]:
                 same = " (the same)" if len(ranks) > 1 else ""
                 shown.append(f"--- {output.rank_list(ranks)} {name}{same}")
@@ -102,7 +110,11 @@ def _fate(rank: RankResult) -> str:
     if rank.state == "skipped":
         return f"skipped ({rank.error.message})" if rank.error else "skipped"
     if rank.state == "crashed":
-        return f"killed by {rank.signal}" if rank.signal else f"left with exit code {rank.exit_code} and no report"
+        return (
+            f"killed by {rank.signal}"
+            if rank.signal
+            else f"left with exit code {rank.exit_code} and no report"
+        )
     if rank.error is not None:
         where = f"   at {rank.error.location}" if rank.error.location else ""
         as_a = "as a consequence, " if rank.error.is_victim else ""

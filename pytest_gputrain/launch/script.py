@@ -36,7 +36,7 @@ def run(link: rank.Link, command: Sequence[str], search_path: Sequence[str]) -> 
     arguments = list(command[command.index("-u") + 1 :])
     code, details = _run_to_the_end(arguments, search_path)
     for stream in (sys.stdout, sys.stderr):
-        with_flush(stream)
+        _flush(stream)
     if code == 0 and not details:
         link.report("passed", exit_code=0)
         link.wait_for_release()
@@ -45,20 +45,21 @@ def run(link: rank.Link, command: Sequence[str], search_path: Sequence[str]) -> 
     os._exit(code)
 
 
-def with_flush(stream: Any) -> None:
+def _flush(stream: Any) -> None:
     """Flushes a stream that the script may have closed or replaced."""
     try:
         stream.flush()
-    except Exception:  # noqa: BLE001 - anything may stand in for stdout
+    except Exception:  # anything may stand in for stdout
         return
 
 
 def _run_to_the_end(arguments: list[str], search_path: Sequence[str]) -> tuple[int, dict[str, Any]]:
     """(exit code, details of the failure): the script, then what the interpreter does after it."""
-    code, details = 0, {}
+    code = 0
+    details: dict[str, Any] = {}
     try:
         _execute(arguments, search_path)
-    except BaseException as error:  # noqa: BLE001 - SystemExit and KeyboardInterrupt end scripts too
+    except BaseException as error:  # SystemExit and KeyboardInterrupt end scripts too
         code, details = _end_of(error)
     for thread in threading.enumerate():  # as the interpreter does before it exits
         if thread is not threading.current_thread() and not thread.daemon:
@@ -96,8 +97,9 @@ def _end_of(error: BaseException) -> tuple[int, dict[str, Any]]:
         return error.code & 0xFF, rank.describe(error)[1]
     tb = rank.skip_machinery(error.__traceback__)
     try:
-        sys.excepthook(type(error), error, tb)
-    except Exception:  # noqa: BLE001 - a hook of the script's
+        # torch's own hook (it prefixes "[rank0]:") looks at the exception and not at its third argument.
+        sys.excepthook(type(error), error.with_traceback(tb), tb)
+    except Exception:  # a hook of the script's
         traceback.print_exc()
     details = rank.describe(error)[1]
     return (130 if isinstance(error, KeyboardInterrupt) else 1), details
@@ -110,7 +112,7 @@ def _run_exit_handlers() -> None:
     if run_all is not None:
         try:
             run_all()
-        except BaseException:  # noqa: BLE001 - as at interpreter exit: printed, exit code unchanged
+        except BaseException:  # as at interpreter exit: printed, exit code unchanged
             traceback.print_exc()
 
 

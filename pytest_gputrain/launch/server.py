@@ -105,13 +105,19 @@ class Server:
                 from . import agent
 
                 agent.run(spec, number, fds, parent)
-        except BaseException:  # noqa: BLE001 - whatever it is must not reach the server's loop
+        except BaseException:  # whatever it is must not reach the server's loop
             sys.excepthook(*sys.exc_info())
         finally:
             os._exit(70)
 
     def _function_rank(
-        self, spec: dict[str, Any], number: int, call: bytes, fds: list[int], listener: socket.socket, parent: int
+        self,
+        spec: dict[str, Any],
+        number: int,
+        call: bytes,
+        fds: list[int],
+        listener: socket.socket,
+        parent: int,
     ) -> None:
         for other, fd in enumerate(fds):
             if other != number:

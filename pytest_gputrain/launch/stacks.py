@@ -23,6 +23,10 @@ _COLLECTIVE = re.compile(
 )
 
 
+DUMP_MARK = "--- dump "
+"""Written between the dumps of one file."""
+
+
 @dataclass(frozen=True)
 class Frame:
     """One Python frame, innermost first in a list."""
@@ -48,19 +52,26 @@ def main_thread(dump: str) -> list[Frame]:
         elif threads and (match := _FRAME.match(line)):
             threads[-1][1].append(Frame(match["file"], int(match["line"]), match["function"]))
     for _, frames in threads:
-        if any(_is_ours(frame.file) for frame in frames[-12:]):
+        if any(_is_ours(frame.file) for frame in frames):
             return frames
     return next((frames for current, frames in threads if current), [])
 
 
 def last_dump(dump: str) -> str:
-    """The last of several dumps in one file: a dump begins at a thread line after a line that is no frame."""
-    lines = dump.rstrip().splitlines()
-    start = 0
-    for number, line in enumerate(lines):
-        if line.startswith("--- dump "):
-            start = number + 1
-    return "\n".join(lines[start:])
+    """The last of several dumps in one file, without the frames below this package's rank code."""
+    lines: list[str] = []
+    below = False
+    for line in dump.rstrip().splitlines():
+        if line.startswith(DUMP_MARK):
+            lines, below = [], False
+            continue
+        match = _FRAME.match(line)
+        below = match is not None and (below or _is_ours(match["file"]))
+        if not below:
+            lines.append(line)
+        elif match and not (lines and lines[-1].startswith("  (")):
+            lines.append("  (below: pytest_gputrain.launch)")
+    return "\n".join(lines)
 
 
 def user_frame(frames: Sequence[Frame]) -> Frame | None:

@@ -1,21 +1,18 @@
-"""Watches one launch from start to end: reports, exits, progress, deadline. No wait here is without a bound."""
+"""Watches one launch to its end: reports, exits, progress, deadline. Every wait here has a bound."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
 import socket
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import output, process, stacks, wire
+from . import observe, wire
 from .client import ServerHandle
 from .errors import ServerLost
 from .member import Member
-from .rank import DUMP_SIGNAL
 from .verdict import Ending
 
 TICK = 0.05
@@ -32,10 +29,13 @@ RELEASE_DEADLINE = 10.0
 class Supervision:
     """One launch, seen from the process that asked for it."""
 
-    def __init__(self, server: ServerHandle, members: list[Member], spec: dict[str, Any], folder: Path) -> None:
+    def __init__(
+        self, server: ServerHandle, members: list[Member], spec: dict[str, Any], folder: Path
+    ) -> None:
         self.members = members
         self.leftovers: list[str] = []
         self.agent_exits: list[dict[str, Any]] = []
+        self.failed_agents: list[dict[str, Any]] = []
         self._server, self._spec, self._folder = server, spec, folder
         self._selector = selectors.DefaultSelector()
         self._agents: dict[int, socket.socket] = {}
@@ -95,6 +95,7 @@ class Supervision:
 
     def end(self, ending: Ending) -> None:
         """Lets ranks go that are done, ends all others and everything they started."""
+        self.failed_agents = [agent for agent in self.agent_exits if agent["exit_code"] != 0]
         if ending == "complete" or not self._running():
             self._release()
         else:
@@ -227,15 +228,7 @@ class Supervision:
         if now - self._last_sample < SAMPLE_EVERY:
             return
         self._last_sample = now
-        ticks = process.cpu_ticks([member.pid for member in self._running() if member.pid])
-        for member in self._running():
-            folder = self._folder / f"rank{member.rank}"
-            size = 0
-            for name in ("stdout.log", "stderr.log"):
-                with contextlib.suppress(OSError):
-                    size += (folder / name).stat().st_size
-                output.relieve(folder / name)
-            member.observe(now, ticks.get(member.pid or 0, 0), size)
+        observe.sample(self._running(), self._folder, now)
 
     def _deserted(self) -> bool:
         """Whether ranks that are done have left the others waiting in a collective: a certain hang."""
@@ -245,13 +238,13 @@ class Supervision:
         if any(member.pid is None or now - member.last_moved < DESERTED_AFTER for member in running):
             return False
         self._next_probe = now + 2.0
-        self._dump(running)
+        observe.dump(running, self._folder)
         return all(member.in_collective for member in running)
 
     def _look_closely(self, ending: Ending) -> None:
         """Stacks of what still runs, and whether it moves: before it is ended."""
         running = self._running()
-        self._dump(running)
+        observe.dump(running, self._folder)
         if ending != "deadline":
             return
         recent = min(1.0, self._spec["timeout"] / 2)
@@ -264,26 +257,3 @@ class Supervision:
         self._sample()
         for member in running:
             member.moving = member.moving or member.last_moved >= began
-
-    def _dump(self, members: Sequence[Member]) -> None:
-        asked: list[tuple[Member, Path, int]] = []
-        for member in members:
-            path = self._folder / f"rank{member.rank}" / "stacks.txt"
-            if member.pid is None or not path.exists():
-                continue
-            with path.open("a") as file:
-                file.write(f"--- dump {time.strftime('%H:%M:%S')}\n")
-            with contextlib.suppress(OSError):
-                size = path.stat().st_size
-                os.kill(member.pid, DUMP_SIGNAL)
-                asked.append((member, path, size))
-        limit = time.monotonic() + 1.0
-        while time.monotonic() < limit and any(path.stat().st_size == size for _, path, size in asked):
-            time.sleep(0.01)
-        time.sleep(0.02)  # faulthandler writes in pieces
-        for member, path, _ in asked:
-            member.stacks = stacks.last_dump(path.read_text(errors="replace"))
-            frames = stacks.main_thread(member.stacks)
-            frame = stacks.user_frame(frames)
-            member.waiting_at = str(frame) if frame else None
-            member.in_collective = stacks.in_collective(frames)

@@ -13,7 +13,7 @@ MARK = "GPUTRAIN_LAUNCH"
 def kill_marked(mark: str) -> None:
     """SIGKILL to every process whose environment carries this launch's id.
 
-    Only needed without the fork server, which knows its descendants. The id is random, so nothing else is hit.
+    Only needed without the fork server, which knows its descendants. The id is random: nothing else is hit.
     """
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):

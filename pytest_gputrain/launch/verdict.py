@@ -77,7 +77,9 @@ def _echoes(ranks: Sequence[RankResult]) -> tuple[Verdict, Cause] | None:
     verdict = Verdict.HUNG if first.error.is_wait_timeout else Verdict.FAILED
     gone = [rank for rank in ranks if rank.state in ("passed", "skipped") and rank.seconds <= first.seconds]
     if gone:
-        return verdict, _left(gone, f"rank {first.rank} needed it ({first.error.headline})", first.error.location)
+        return verdict, _left(
+            gone, f"rank {first.rank} needed it ({first.error.headline})", first.error.location
+        )
     absent = [rank for rank in ranks if rank.state == "ended" and not rank.in_collective]
     if first.error.is_wait_timeout and absent:
         where = f" at {absent[0].waiting_at}" if absent[0].waiting_at else ""
@@ -128,5 +130,9 @@ def _mixed(ranks: Sequence[RankResult]) -> tuple[Verdict, Cause]:
     if skipped is None or passed is None:
         return Verdict.FAILED, Cause(None, "missing", "no rank reported")
     reason = skipped.error.message if skipped.error else "no reason"
-    message = f"rank {skipped.rank} skipped ({reason}) while rank {passed.rank} ran: skip on all ranks or on none"
-    return Verdict.FAILED, Cause(skipped.rank, "skip", message, skipped.error.location if skipped.error else None)
+    message = (
+        f"rank {skipped.rank} skipped ({reason}) while rank {passed.rank} ran: skip on all ranks or on none"
+    )
+    return Verdict.FAILED, Cause(
+        skipped.rank, "skip", message, skipped.error.location if skipped.error else None
+    )

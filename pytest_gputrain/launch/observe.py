@@ -1,0 +1,63 @@
+"""Looks at running ranks from outside: how much CPU they use, how much they print, where they are."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from . import output, process, stacks
+from .member import Member
+from .rank import DUMP_SIGNAL
+
+
+def sample(members: Sequence[Member], folder: Path, now: float) -> None:
+    """Notes the CPU time and the output of each rank, and keeps the output files small."""
+    ticks = process.cpu_ticks([member.pid for member in members if member.pid])
+    for member in members:
+        size = 0
+        for name in ("stdout.log", "stderr.log"):
+            path = folder / f"rank{member.rank}" / name
+            with suppress(OSError):
+                size += path.stat().st_size
+            output.relieve(path)
+        member.observe(now, ticks.get(member.pid or 0, 0), size)
+
+
+def dump(members: Sequence[Member], folder: Path) -> None:
+    """Asks ranks for their stacks (faulthandler answers even while C code runs) and reads where they are.
+
+    A rank that cannot answer within a second, because it is stopped or has replaced itself by another
+    program, keeps what is known of it.
+    """
+    asked = [(member, path) for member in members if (path := _ask(member, folder)) is not None]
+    limit = time.monotonic() + 1.0
+    while time.monotonic() < limit and any(not _answer(path) for _, path in asked):
+        time.sleep(0.01)
+    time.sleep(0.02)  # faulthandler writes in pieces
+    for member, path in asked:
+        text = _answer(path)
+        member.stacks = stacks.last_dump(text)
+        frames = stacks.main_thread(text)
+        frame = stacks.user_frame(frames)
+        member.waiting_at = str(frame) if frame else None
+        member.in_collective = stacks.in_collective(frames)
+
+
+def _ask(member: Member, folder: Path) -> Path | None:
+    path = folder / f"rank{member.rank}" / "stacks.txt"
+    if member.pid is None or not path.exists():  # not yet ready to be asked: the signal would kill it
+        return None
+    with path.open("a") as file:
+        file.write(f"{stacks.DUMP_MARK}{time.strftime('%H:%M:%S')}\n")
+    with suppress(OSError):
+        os.kill(member.pid, DUMP_SIGNAL)
+    return path
+
+
+def _answer(path: Path) -> str:
+    """What came after the last question."""
+    text = path.read_text(errors="replace")
+    return text[text.rindex(stacks.DUMP_MARK) :].partition("\n")[2]
