@@ -1,15 +1,54 @@
-"""What a user may write for a number, the same on the command line, in the environment and in an ini file."""
+"""What a user may write for a size or a duration: the same rules wherever it is written."""
 
 from __future__ import annotations
 
 import math
+import re
 
 LEGAL_SECONDS = "a number of seconds above 0"
+LEGAL_SIZE = 'a size above 0 such as "80GB", "79.1GiB" or a number of bytes'
+
+# Vendors sell "80 GB" and mean at least 80 * 10**9 bytes; GiB is there for those who mean 2**30.
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
 
 
 def parse_seconds(text: str) -> float:
     """Return ``text`` in seconds. Raises ``ValueError`` when it is not above 0, or is not a finite number."""
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0 < seconds < math.inf:
         raise ValueError(f"{text!r} is not {LEGAL_SECONDS}")
     return seconds
+
+
+def parse_size(size: str | int) -> int:
+    """Return ``size`` in bytes. Raises ``ValueError`` saying what is legal."""
+    number, unit = math.nan, ""
+    if isinstance(size, int) and not isinstance(size, bool):
+        number = size
+    elif isinstance(size, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)):
+        number, unit = float(match[1]), match[2].upper()
+    if unit not in UNITS or not number * UNITS[unit] >= 1:
+        raise ValueError(f"{size!r} is not {LEGAL_SIZE}")
+    return int(number * UNITS[unit])
+
+
+def format_size(num_bytes: int) -> str:
+    """Return ``num_bytes`` for people, in binary units: ``79.6 GiB``."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit}"
+    return f"{num_bytes} bytes"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pytest_gputrain.devices.inventory import Gpu, Inventory, discover
 from pytest_gputrain.devices.shortage import describe_found, shortage
-from pytest_gputrain.devices.sizes import format_size, parse_size
 from pytest_gputrain.devices.visible import visible_gpus
 
 __all__ = [
@@ -12,8 +11,6 @@ __all__ = [
     "Inventory",
     "describe_found",
     "discover",
-    "format_size",
-    "parse_size",
     "shortage",
     "visible_gpus",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import json
 import os
 import shutil
@@ -22,6 +23,8 @@ TORCH_TIMEOUT = 90.0
 # seconds, could only say so again.
 DEVICE_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
 
+NVML_LIBRARY = "libnvidia-ml.so.1"  # the name pynvml opens, and the only one
+
 # What NVML's errors mean to somebody who wanted to run a test; any other is shown in NVML's own words.
 NVML_REASONS = {
     "NVMLError_LibraryNotFound": "no NVIDIA driver: the NVML library is not there",
@@ -33,6 +36,9 @@ NVML_REASONS = {
 
 def by_nvml(notes: list[str], path: str | None = None) -> Inventory | None:
     """Ask the driver's management library: exact, quick, and it knows MIG."""
+    if "pynvml" not in sys.modules and not _nvml_library_loads():
+        notes.append(NVML_REASONS["NVMLError_LibraryNotFound"])
+        return None
     try:
         import pynvml
     except ImportError:
@@ -53,6 +59,20 @@ def by_nvml(notes: list[str], path: str | None = None) -> Inventory | None:
     finally:
         pynvml.nvmlShutdown()
     return Inventory(gpus, "NVML", "" if gpus else f"driver {driver} is loaded but shows no GPU", driver)
+
+
+def _nvml_library_loads() -> bool:
+    """Whether there is a driver to ask, which most laptops and CI machines lack.
+
+    pynvml takes 10 to 20 ms to import, in every pytest session, to find out the same on the first call.
+    """
+    if sys.platform != "linux":
+        return True  # pynvml knows where the library is elsewhere
+    try:
+        ctypes.CDLL(NVML_LIBRARY)
+    except OSError:
+        return False
+    return True
 
 
 def _nvml_gpus(pynvml: Any, index: int) -> list[Gpu]:

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 
 from pytest_gputrain.devices.inventory import Gpu, discover
-from pytest_gputrain.devices.sizes import format_size, parse_size
 from pytest_gputrain.devices.visible import VARIABLE, visible_gpus
+from pytest_gputrain.values import format_size, parse_size
 
 
 def shortage(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import pytest
 
 from pytest_gputrain.devices.shortage import need, shortage
-from pytest_gputrain.devices.sizes import LEGAL_SIZE, parse_size
 from pytest_gputrain.plugin.settings import settings_of
+from pytest_gputrain.values import LEGAL_SIZE, parse_size
 
 DESCRIPTIONS = (
     "requires_gpus(n=1, *, memory=None): skip unless n GPUs are found, each with that memory ('80GB'); "
@@ -27,8 +26,7 @@ SHORTAGE_PROPERTY = "gputrain_shortage"
 _Read = TypeVar("_Read")
 
 
-@dataclass(frozen=True)
-class GpuNeed:
+class GpuNeed(NamedTuple):
     """What ``requires_gpus`` asks for."""
 
     num_gpus: int
@@ -38,8 +36,7 @@ class GpuNeed:
         return need(self.num_gpus, self.memory)
 
 
-@dataclass(frozen=True)
-class StabilityPlan:
+class StabilityPlan(NamedTuple):
     """What ``stability`` asks for: the depth of the model and the number of training steps."""
 
     depth: int

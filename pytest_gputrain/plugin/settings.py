@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pytest
 
@@ -23,8 +22,7 @@ TRUE = ("true", "1", "yes", "on")
 FALSE = ("false", "0", "no", "off")
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What this session runs with. ``timeout`` and ``stall`` in seconds; ``origins`` by field name."""
 
     cases: tuple[str, ...]
@@ -36,8 +34,7 @@ class Settings:
     origins: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One row of the table below: everything about a setting, said once."""
 
     field: str
@@ -62,8 +59,7 @@ class Setting:
         return f"{self.description} (environment: {self.variable}; ini: {self.name})"
 
 
-@dataclass(frozen=True)
-class _Given:
+class _Given(NamedTuple):
     """What was written, where, and the folder that relative paths there mean."""
 
     texts: tuple[str, ...]
@@ -196,7 +192,7 @@ def settings_of(config: pytest.Config) -> Settings:
 
 def not_default(settings: Settings) -> list[str]:
     """Return the names of the settings that somebody set."""
-    return [field.name for field in fields(settings) if settings.origins.get(field.name, DEFAULT) != DEFAULT]
+    return [field for field, origin in settings.origins.items() if origin != DEFAULT]
 
 
 def _given(setting: Setting, config: pytest.Config, environ: Mapping[str, str]) -> _Given | None:
