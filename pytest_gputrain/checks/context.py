@@ -1,0 +1,39 @@
+"""What every check is told about how to run. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckContext:
+    """device: "cpu" (gloo ranks) or "cuda"; world_size: ranks of a data-parallel launch.
+
+    timeout: seconds one launch may take; None is the launcher's own. batch_size: samples a rank and step,
+    even, because it is also split in two. launcher: what starts ranks; None is the package's own, with its
+    defaults. Raises ValueError for a value that is not legal.
+    """
+
+    device: str = "cpu"
+    world_size: int = 2
+    timeout: float | None = None
+    seed: int = 1234
+    batch_size: int = 4
+    launcher: Any = None
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ValueError(f"device is {self.device!r}; give one of {', '.join(DEVICES)}")
+        if not isinstance(self.world_size, int) or self.world_size < 2:
+            raise ValueError(f"world_size is {self.world_size!r}; data-parallel checks need 2 or more")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"timeout is {self.timeout!r}; give seconds above 0, or None for the default")
+        if self.batch_size < 2 or self.batch_size % 2:
+            raise ValueError(f"batch_size is {self.batch_size!r}; give an even number, 2 or more")
+
+    def for_ranks(self) -> CheckContext:
+        """The same without the launcher, which stays in the process that launches."""
+        return replace(self, launcher=None)

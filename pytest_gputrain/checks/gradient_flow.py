@@ -1,0 +1,126 @@
+"""Does a gradient reach every trainable parameter? Runs the case's own step in one process.
+
+A parameter that gets one only in some steps passes (mixture of experts, stochastic depth), and so does one
+whose gradient is exactly zero (a zero-initialised projection in front of it). Does not judge whether a
+gradient is right.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.ranks import alone
+from pytest_gputrain.checks.registry import check
+from pytest_gputrain.checks.result import CheckFailed, Figures
+
+STEPS = 3
+# Layers dropped with probability 1/2 are missed in all of 3 steps one time in 8, in 24 never.
+PATIENT_STEPS = 24
+PATIENCE_SECONDS = 60.0
+
+
+@check("gradients_arrive", subject="gradient flow")
+def check_gradients_arrive(case: TrainingCase, ctx: CheckContext) -> Figures:
+    """Fails for a trainable parameter without a gradient in any step, and for one with NaN or Inf."""
+    figures: Figures = alone(_trace, case, ctx, doing="taking training steps in one process")
+    return figures
+
+
+@dataclass
+class _Seen:
+    """What was seen of each gradient, by name."""
+
+    assigned: set[str] = field(default_factory=set)
+    nonzero: set[str] = field(default_factory=set)
+    broken: dict[str, int] = field(default_factory=dict)
+
+    def look(self, gradients: dict[str, Any], step: int) -> None:
+        import torch
+
+        for name, gradient in gradients.items():
+            if gradient is None:
+                continue
+            self.assigned.add(name)
+            values = gradient.to_dense() if gradient.is_sparse else gradient
+            if not bool(torch.isfinite(values).all()):
+                self.broken.setdefault(name, step)
+            if bool((values != 0).any()):
+                self.nonzero.add(name)
+
+
+def _trace(case: TrainingCase, ctx: CheckContext) -> Figures:
+    """In the rank: steps until every gradient has arrived, three at least."""
+    from pytest_gputrain.checks.session import build_alone, draw_batch, seed_for, take_step
+    from pytest_gputrain.trace.gradients import GradTracer
+    from pytest_gputrain.trace.names import named_parameters
+    from pytest_gputrain.trace.steps import MOMENTS, StepRecorder
+
+    model = build_alone(case, ctx)
+    optimizer = case.optimizer(model)
+    tracer, seen = GradTracer(model), _Seen()
+    if not tracer.trainable:
+        raise CheckFailed(
+            f"nothing trains: none of the model's {len(named_parameters(model))} parameters "
+            "has requires_grad=True"
+        )
+    recorder = StepRecorder(named_parameters(model), optimizer)
+    started, steps, backwards = time.monotonic(), 0, 0
+    with tracer:
+        while _go_on(steps, started, missing=_missing(tracer, seen)):
+            batch = draw_batch(case, ctx, steps)
+            with recorder.step() as record:
+                take_step(case, model, optimizer, [batch], seed_for(ctx, steps))
+            for moment in MOMENTS:
+                seen.look(record.gradients[moment], steps)
+            backwards += record.backwards
+            tracer.step()
+            steps += 1
+    _judge(tracer, seen, steps, backwards)
+    silent = [name for name in tracer.trainable if name not in seen.nonzero]
+    notes = [f"always exactly zero: {', '.join(silent[:5])} ({len(silent)} in all)"] if silent else []
+    return {"parameters": len(tracer.trainable), "steps": steps, "always_zero": silent, "notes": notes}
+
+
+def _missing(tracer: Any, seen: _Seen) -> list[str]:
+    return [name for name in tracer.missing_ever if name not in seen.assigned]
+
+
+def _go_on(steps: int, started: float, *, missing: list[str]) -> bool:
+    if steps < STEPS:
+        return True
+    return bool(missing) and steps < PATIENT_STEPS and time.monotonic() - started < PATIENCE_SECONDS
+
+
+def _judge(tracer: Any, seen: _Seen, steps: int, backwards: int) -> None:
+    from pytest_gputrain.trace.gradients import describe_missing, likely_cause
+
+    trainable, missing = tracer.trainable, _missing(tracer, seen)
+    total = len(trainable)
+    if missing:
+        cause = likely_cause(missing, trainable)
+        if backwards == 0 and len(missing) == total:
+            cause = "the step never calls backward()"
+        raise CheckFailed(
+            f"{len(missing)} of {total} trainable parameters got no gradient in {steps} steps: "
+            f"{describe_missing(missing, tracer.owners)}\n  likely: {cause}",
+            {"missing": missing, "parameters": total, "steps": steps},
+        )
+    if seen.broken:
+        first = min(seen.broken.values())
+        names = [name for name in trainable if name in seen.broken]
+        raise CheckFailed(
+            f"{len(names)} of {total} trainable parameters got a NaN or infinite gradient, first in step {first}: "
+            f"{describe_missing(names, tracer.owners)}",
+            {"not_finite": names, "parameters": total, "steps": steps},
+        )
+    if not seen.nonzero:
+        raise CheckFailed(
+            f"every gradient is exactly zero in {steps} steps ({total} of {total} trainable parameters)\n"
+            "  likely: the loss does not depend on the model's output (multiplied by zero, clamped, all "
+            "targets ignored)",
+            {"parameters": total, "steps": steps},
+        )

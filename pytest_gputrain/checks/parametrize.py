@@ -1,0 +1,115 @@
+"""``@parametrize_with_checks``: one pytest test a (case, check) pair, in the manner of scikit-learn.
+
+Imports pytest only when it is used. At collection no model is built and no torch imported; a case given as
+"MODULE:ATTR" imports its module.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_gputrain.case import TrainingCase, load_case
+from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.preflight import check_names, preflight
+from pytest_gputrain.checks.registry import chosen_ids, get_check
+from pytest_gputrain.checks.result import CheckResult
+
+if TYPE_CHECKING:
+    import pytest
+
+
+class CheckError(Exception):
+    """A check could not judge: an error of the test, never taken for an expected failure."""
+
+
+@dataclass(frozen=True)
+class BoundCheck:
+    """A check to call in a test: ``check(case)``, or ``check()`` for the case it was made for.
+
+    Skips or fails the test, the check's message first; returns the result when it passed.
+    """
+
+    id: str
+    case: TrainingCase
+    ctx: CheckContext
+
+    def __call__(self, case: TrainingCase | None = None, *, launcher: Any = None) -> CheckResult:
+        import pytest
+
+        chosen = case or self.case
+        ctx = CheckContext(**{**vars(self.ctx), "launcher": launcher or self.ctx.launcher})
+        try:
+            preflight(chosen, ctx)
+        except ValueError as error:
+            raise CheckError(str(error)) from None
+        result = get_check(self.id).function(chosen, ctx)
+        if result.outcome == "skipped":
+            pytest.skip(result.message)
+        if result.outcome == "failed":
+            pytest.fail(str(result), pytrace=False)
+        if result.outcome == "error":
+            raise CheckError(str(result))
+        return result
+
+    def __repr__(self) -> str:
+        return f"<check {self.id}[{self.case.name}]>"
+
+
+def parametrize_with_checks(
+    cases: Iterable[TrainingCase | str],
+    *,
+    checks: Iterable[str] | None = None,
+    device: str = "cpu",
+    world_size: int = 2,
+    timeout: float | None = None,
+) -> pytest.MarkDecorator | Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate ``def test_training(case, check): check(case)``, or ``def test_training(check): check()``.
+
+    Ids are ``test_training[gpt-ddp_parity]``. A check in a case's ``expected_failures`` is a strict xfail.
+    Raises ValueError with one line for an unknown check or something that is no case.
+    """
+    ctx = CheckContext(device=device, world_size=world_size, timeout=timeout)
+    bound = [BoundCheck(check_id, case, ctx) for case in _cases(cases) for check_id in chosen_ids(checks)]
+    # An unknown name is told at collection, on the line of the decorator.
+    for case in {id(check.case): check.case for check in bound}.values():
+        check_names(case)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        import pytest
+
+        wanted = inspect.signature(function).parameters
+        names = [name for name in ("case", "check") if name in wanted]
+        if "check" not in names:
+            raise ValueError(f"{function.__name__} takes no argument called check; write (case, check)")
+        rows = [_row(check, names) for check in bound]
+        decorated: Callable[..., Any] = pytest.mark.parametrize(names, rows)(function)
+        return decorated
+
+    return decorate
+
+
+def _cases(cases: Iterable[TrainingCase | str]) -> list[TrainingCase]:
+    if isinstance(cases, TrainingCase | str):
+        raise ValueError(f"cases is {cases!r}; give a list of cases, [{cases!r}]")
+    found: list[TrainingCase] = []
+    for case in cases:
+        if isinstance(case, str):
+            found += load_case(case)
+        elif isinstance(case, TrainingCase):
+            found.append(case)
+        else:
+            raise ValueError(f"a case is a {type(case).__name__}; give a TrainingCase or 'MODULE:ATTR'")
+    return found
+
+
+def _row(check: BoundCheck, names: list[str]) -> Any:
+    import pytest
+
+    values = [check.case, check] if "case" in names else [check]
+    reason = check.case.expected_failures.get(check.id)
+    # Only a failure of the check is expected, not an error on the way to it.
+    expected = pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason=reason or "")
+    return pytest.param(*values, id=f"{check.case.name}-{check.id}", marks=[expected] if reason else [])

@@ -1,0 +1,113 @@
+"""From a check to ranks and back: every body of a check runs in a launch, of one rank or of many.
+
+So a model that hangs, crashes the interpreter or fills the memory ends one launch and not the session,
+and the process that runs the checks needs no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.result import CheckFailed, CheckOutcome, CheckSkipped, CheckUndecided
+
+if TYPE_CHECKING:
+    from pytest_gputrain.launch.result import LaunchResult
+
+RankBody = Callable[..., Any]
+_CHECKS_FOLDER = str(Path(__file__).resolve().parent)
+_TRACE_FOLDER = str(Path(__file__).resolve().parent.parent / "trace")
+_LAST_FRAME = re.compile(r'^  File "(.+?)", line \d+', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A body that ended with a CheckOutcome, as it travels back from its rank."""
+
+    outcome: CheckOutcome
+
+
+def on_ranks(
+    body: RankBody, case: TrainingCase, ctx: CheckContext, *args: Any, world_size: int, doing: str
+) -> list[Any]:
+    """``body(case, ctx, *args)`` on every rank; returns the values by rank.
+
+    doing: what the ranks do, for the message. Raises CheckFailed when the launch comes to anything but
+    PASSED, its cause first; CheckUndecided when the check's own code raised; whatever a body raised of
+    CheckOutcome.
+    """
+    result = _launcher(ctx)(
+        _enter,
+        body,
+        case,
+        ctx.for_ranks(),
+        args,
+        world_size=world_size,
+        device=ctx.device,
+        timeout=ctx.timeout,
+        check=False,
+    )
+    _raise_for(result, doing)
+    for value in result.values:
+        if isinstance(value, Ended):
+            raise value.outcome
+    return list(result.values)
+
+
+def alone(body: RankBody, case: TrainingCase, ctx: CheckContext, *args: Any, doing: str) -> Any:
+    """``body(case, ctx, *args)`` in one process of its own; returns its value. Raises as ``on_ranks``."""
+    return on_ranks(body, case, ctx, *args, world_size=1, doing=doing)[0]
+
+
+def _launcher(ctx: CheckContext) -> Any:
+    if ctx.launcher is not None:
+        return ctx.launcher
+    from pytest_gputrain.launch import Launcher
+
+    return Launcher()
+
+
+def _enter(body: RankBody, case: TrainingCase, ctx: CheckContext, args: tuple[Any, ...]) -> Any:
+    """What a rank runs."""
+    try:
+        with same_arithmetic():
+            return body(case, ctx, *args)
+    except CheckOutcome as outcome:
+        return Ended(outcome)
+
+
+@contextlib.contextmanager
+def same_arithmetic() -> Iterator[None]:
+    """One thread in every rank: a sum's rounding depends on how many threads share it."""
+    import torch
+
+    torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+    yield
+
+
+def _raise_for(result: LaunchResult, doing: str) -> None:
+    from pytest_gputrain.launch import Verdict
+
+    if result.verdict is Verdict.PASSED:
+        return
+    if result.verdict is Verdict.SKIPPED:
+        raise CheckSkipped(str(result.cause))
+    text = result.summary()
+    blamed = next((r for r in result.ranks if r.error and not r.error.is_victim and _is_ours(r.error)), None)
+    if blamed is not None and blamed.error is not None:
+        raise CheckUndecided(f"the check itself failed while {doing}: {blamed.error.headline}\n{text}")
+    first, _, rest = text.partition("\n")
+    raise CheckFailed(f"{first}\n  while {doing}\n{rest}", {"verdict": result.verdict.value})
+
+
+def _is_ours(error: Any) -> bool:
+    """Whether the exception was raised by a check's own line, not by the user's code or torch's."""
+    frames = _LAST_FRAME.findall(error.traceback)
+    return bool(frames) and frames[-1].startswith((_CHECKS_FOLDER, _TRACE_FOLDER))

@@ -1,0 +1,62 @@
+"""``run_checks``: the shipped checks on one case, without pytest. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.preflight import preflight
+from pytest_gputrain.checks.registry import chosen_ids, get_check
+from pytest_gputrain.checks.result import CheckResult
+
+OnResult = Callable[[CheckResult], None]
+
+
+def run_checks(
+    case: TrainingCase,
+    *,
+    checks: Iterable[str] | None = None,
+    device: str = "cpu",
+    world_size: int = 2,
+    timeout: float | None = None,
+    on_result: OnResult | None = None,
+    launcher: Any = None,
+) -> list[CheckResult]:
+    """One result a check, in the order asked for (default: all, in their own order).
+
+    timeout: seconds one launch may take; on_result: called as each result comes; launcher: starts the
+    ranks, default the package's own. A check in ``case.expected_failures`` that fails is ``skipped``, with
+    the reason; one that passes is ``failed``.
+    Raises ValueError (CaseError) with one line for an unknown check, or a case whose model cannot be built
+    or whose batch cannot be drawn.
+    """
+    if not isinstance(case, TrainingCase):
+        raise ValueError(
+            f"case is a {type(case).__name__}; give a TrainingCase, or load_case('MODULE:ATTR')[0]"
+        )
+    ids = chosen_ids(checks)
+    ctx = CheckContext(device=device, world_size=world_size, timeout=timeout, launcher=launcher)
+    preflight(case, ctx)
+    results = []
+    for check_id in ids:
+        result = with_expectation(
+            get_check(check_id).function(case, ctx), case.expected_failures.get(check_id)
+        )
+        results.append(result)
+        if on_result is not None:
+            on_result(result)
+    return results
+
+
+def with_expectation(result: CheckResult, reason: str | None) -> CheckResult:
+    """The result in the light of what the case's author expects of this check."""
+    if reason is None or result.outcome in ("skipped", "error"):
+        return result
+    if result.outcome == "failed":
+        message = f"expected failure ({reason}): {result.message}"
+        return replace(result, outcome="skipped", message=message)
+    message = f"expected to fail ({reason}), but it passed: remove {result.check} from expected_failures"
+    return replace(result, outcome="failed", message=message)
