@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -149,24 +150,30 @@ class Launcher:
         spec |= {
             "op": "launch",
             "folder": str(folder),
-            "temporary": temporary is not None,
+            "temporary": temporary,
             "cwd": os.getcwd(),
         }
         if spec["kind"] == "script":
             spec["torchrun"].append(f"--log-dir={folder / 'torchrun'}")
-        result = _watched(spec, call, [Member(rank) for rank in range(size)], folder)
-        result._folder = temporary
+        try:
+            result = _watched(spec, call, [Member(rank) for rank in range(size)], folder)
+        except BaseException:
+            if temporary:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if temporary:
+            result.own_folder()
         if check and not result.passed:
             raise LaunchError(result)
         return result
 
-    def _folder(self, name: str) -> tuple[tempfile.TemporaryDirectory[str] | None, Path]:
+    def _folder(self, name: str) -> tuple[bool, Path]:
+        """(whether it is temporary, the folder)"""
         if self.defaults.artifacts is None:
-            temporary = tempfile.TemporaryDirectory(prefix="gputrain-")
-            return temporary, Path(temporary.name)
+            return True, Path(tempfile.mkdtemp(prefix=f"gputrain-{os.getpid()}-"))
         folder = self.defaults.artifacts / f"{name}-{os.getpid()}-{next(_numbers)}"
         folder.mkdir(parents=True)
-        return None, folder
+        return False, folder
 
 
 def _rendezvous(endpoint: str | None, node_rank: int | None) -> list[str]:

@@ -189,8 +189,10 @@ def _is_skip(error: BaseException) -> bool:
     """pytest.skip or unittest.SkipTest, recognised without importing pytest."""
     if isinstance(error, unittest.SkipTest):
         return True
+    # pytest's outcomes call themselves builtins, for the sake of short tracebacks.
     return any(
-        base.__module__ == "_pytest.outcomes" and base.__name__ == "Skipped" for base in type(error).__mro__
+        base.__name__ == "Skipped" and base.__module__ in ("builtins", "_pytest.outcomes")
+        for base in type(error).__mro__
     )
 
 

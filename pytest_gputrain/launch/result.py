@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
+import shutil
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,10 @@ class LaunchResult:
     seconds: float
     leftovers: list[str] = field(default_factory=list)
     agent_output: str = ""
-    _folder: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the temporary folder, which belongs to this process."""
-        return {**self.__dict__, "_folder": None}
+    def own_folder(self) -> None:
+        """Removes ``artifacts`` when this object is collected, at the latest when the process exits."""
+        weakref.finalize(self, shutil.rmtree, self.artifacts, ignore_errors=True)
 
     @property
     def values(self) -> list[Any]:

@@ -42,6 +42,7 @@ class Supervision:
         self._agent_pids: list[int] = []
         self._exited_pids: set[int] = set()
         self._ended: dict[str, Any] | None = None
+        self._decided = False
         self._restarts_left = spec.get("max_restarts", 0)
         self._start = self._last_sample = self._next_probe = time.monotonic()
 
@@ -95,13 +96,15 @@ class Supervision:
 
     def end(self, ending: Ending) -> None:
         """Lets ranks go that are done, ends all others and everything they started."""
+        # From here on nothing counts: what a rank still does may be the effect of being asked or ended.
+        self._decided = ending != "complete"
         self.failed_agents = [agent for agent in self.agent_exits if agent["exit_code"] != 0]
         if ending == "complete" or not self._running():
             self._release()
         else:
             self._look_closely(ending)
             self._command("terminate")
-            self._receive_until(lambda: not any(m.exit is None for m in self._running()), 0.5)
+            self._receive_until(self._all_exited, 0.5)
         self._command("end")
         self._receive_until(lambda: self._ended is not None, 30.0)
         if self._ended is None:
@@ -120,8 +123,12 @@ class Supervision:
             if member.sock:
                 with contextlib.suppress(OSError):
                     member.sock.shutdown(socket.SHUT_WR)
-        pids = self._agent_pids or [m.pid for m in self.members if m.pid]
-        self._receive_until(lambda: self._exited_pids.issuperset(pids), RELEASE_DEADLINE)
+        self._receive_until(self._all_exited, RELEASE_DEADLINE)
+
+    def _all_exited(self) -> bool:
+        """Whether all that the server forked for this launch is gone."""
+        pids = self._agent_pids or [member.pid for member in self.members if member.pid]
+        return self._exited_pids.issuperset(pids)
 
     def _command(self, op: str) -> None:
         try:
@@ -164,6 +171,8 @@ class Supervision:
             self._rank_event(member, header, body)
 
     def _rank_event(self, member: Member, header: dict[str, Any], body: bytes) -> None:
+        if self._decided:
+            return
         if header["kind"] == "exit":
             target = self._by_rank(header["rank"])
             if target and header["restart"] == target.restart:
@@ -189,7 +198,7 @@ class Supervision:
         elif header["event"] == "exit":
             self._exited_pids.add(header["pid"])
             for member in self.members:
-                if member.pid == header["pid"] and self._spec["kind"] == "function":
+                if member.pid == header["pid"] and self._spec["kind"] == "function" and not self._decided:
                     self._read(member)
                     member.exited(header)
             if header["pid"] in self._agent_pids:

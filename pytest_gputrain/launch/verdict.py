@@ -2,7 +2,7 @@
 
 The rules, in this order:
 
-1. every rank reported success, and none is missing: PASSED; every rank skipped: SKIPPED;
+1. every rank reported success in time, and none is missing: PASSED; every rank skipped: SKIPPED;
 2. a rank died without a report, or raised something that is not the echo of another rank's death:
    the earliest of these is the cause;
 3. ranks raised only such echoes: the cause is whoever left them;
@@ -24,10 +24,11 @@ for ``stall`` seconds, or ranks wait in a collective for one that has finished."
 
 def judge(ranks: Sequence[RankResult], ending: Ending, *, seconds: float) -> tuple[Verdict, Cause | None]:
     """The verdict of a launch, and the first thing that went wrong (None when PASSED)."""
-    if ranks and all(rank.state == "passed" for rank in ranks):
-        return Verdict.PASSED, None
-    if ranks and all(rank.state == "skipped" for rank in ranks):
-        return Verdict.SKIPPED, _skipped(ranks[0])
+    if ranks and ending == "complete":
+        if all(rank.state == "passed" for rank in ranks):
+            return Verdict.PASSED, None
+        if all(rank.state == "skipped" for rank in ranks):
+            return Verdict.SKIPPED, _skipped(ranks[0])
     return _failed(ranks) or _echoes(ranks) or _stuck(ranks, ending, seconds) or _mixed(ranks)
 
 
@@ -44,7 +45,8 @@ def _failed(ranks: Sequence[RankResult]) -> tuple[Verdict, Cause] | None:
     first = min(culprits, key=lambda rank: (rank.seconds, rank.rank))
     if first.state == "crashed":
         return Verdict.CRASHED, _crash(first)
-    assert first.error is not None
+    if first.error is None:
+        return Verdict.FAILED, Cause(first.rank, "exception", f"rank {first.rank} failed and did not say how")
     kind = "exit" if first.error.type == "SystemExit" else "exception"
     message = f"rank {first.rank} raised {first.error.headline}"
     return Verdict.FAILED, Cause(first.rank, kind, message, first.error.location)

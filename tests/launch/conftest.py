@@ -1,0 +1,35 @@
+"""Every test in this folder must leave the machine as it found it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+
+def _grandchildren() -> list[str]:
+    """Command lines of all that runs below this process's children; the children are fork servers."""
+    found = []
+    for child in psutil.Process().children():
+        for process in child.children(recursive=True):
+            try:
+                found.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
+            except psutil.Error:
+                continue
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    environ = dict(os.environ)
+    yield
+    environ["PYTEST_CURRENT_TEST"] = os.environ.get("PYTEST_CURRENT_TEST", "")
+    assert dict(os.environ) == environ
+    assert _grandchildren() == []
+    gc.collect()  # a LaunchResult removes its folder when it goes
+    assert list(Path(tempfile.gettempdir()).glob(f"gputrain-{os.getpid()}-*")) == []
