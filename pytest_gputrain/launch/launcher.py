@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -20,7 +21,7 @@ from .records import Cause, Verdict
 from .request import LaunchDefaults
 from .result import LaunchResult
 from .supervise import Supervision
-from .verdict import judge
+from .verdict import Ending, judge
 
 _numbers = itertools.count()
 
@@ -203,7 +204,7 @@ def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: P
         in_order = True
     except ServerLost as error:
         lost = Cause(None, "server", str(error))
-        ranks = [member.result(folder, start, first_failure=start) for member in members]
+        ranks = [member.result(folder, start, ended_after=math.inf) for member in members]
         return LaunchResult(Verdict.CRASHED, lost, ranks, folder, time.monotonic() - start)
     finally:
         supervision.close()
@@ -212,13 +213,22 @@ def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: P
         else:  # KeyboardInterrupt, a timeout's exception, a dead server
             server.close()
             sweep.kill_marked(spec["environ"][sweep.MARK])
-    failures = [m.report["at"] for m in members if m.report and m.failed]
-    failures += [m.exit["at"] for m in members if m.exit and not m.report and m.exit["signal"] != "SIGTERM"]
-    ranks = [member.result(folder, start, first_failure=min(failures, default=start)) for member in members]
+    return _concluded(supervision, spec["kind"], ending, start, seconds, folder)
+
+
+def _concluded(
+    supervision: Supervision, kind: str, ending: Ending, start: float, seconds: float, folder: Path
+) -> LaunchResult:
+    """The result of a launch of which nothing runs any more."""
+    members = supervision.members
+    failures = [member.failed_at for member in members if member.failed_at is not None]
+    # Only torchrun ends workers by itself, after the first of them has failed.
+    first = min(failures, default=math.inf) if kind == "script" else math.inf
+    ranks = [member.result(folder, start, ended_after=first) for member in members]
     ranks.sort(key=lambda rank: rank.rank)
     verdict, cause = judge(ranks, ending, seconds=seconds)
     agent_output = output.read(folder / "agent0" / "stderr.log")
-    if supervision.failed_agents and not failures:
+    if supervision.failed_agents and not any(member.failed for member in members):
         verdict, cause = Verdict.CRASHED, _agent_failed(supervision.failed_agents[0], agent_output)
     return LaunchResult(verdict, cause, ranks, folder, seconds, supervision.leftovers, agent_output)
 

@@ -60,6 +60,17 @@ class Member:
             return bool(self.report["state"] == "failed")
         return self.exit is not None
 
+    @property
+    def failed_at(self) -> float | None:
+        """When this rank failed of its own accord; None if it did not, or was ended by torchrun."""
+        if self.report is not None:
+            error = RankError(**self.report["error"]) if self.report.get("error") else None
+            own = self.report["state"] == "failed" and not (error and error.is_victim)
+            return float(self.report["at"]) if own else None
+        if self.exit is not None and self.exit["signal"] != "SIGTERM":
+            return float(self.exit["at"])
+        return None
+
     def observe(self, now: float, ticks: int, size: int) -> None:
         """Takes a sample of CPU ticks used and bytes printed so far."""
         if ticks - self._ticks >= _MOVED_TICKS or ticks < self._ticks or size != self._size:
@@ -72,10 +83,10 @@ class Member:
         """Forgets fractions of a tick collected so far, before a last look."""
         self._since = float("-inf")
 
-    def result(self, folder: Path, start: float, *, first_failure: float) -> RankResult:
+    def result(self, folder: Path, start: float, *, ended_after: float) -> RankResult:
         """What became of the rank, with its output read from ``folder``."""
         path = folder / f"rank{self.rank}"
-        state, at = self._state(first_failure)
+        state, at = self._state(ended_after)
         found = RankResult(
             self.rank, state, pid=self.pid, seconds=max(0.0, at - start) if at else 0.0,
             stdout=self._stream(path / "stdout.log"), stderr=self._stream(path / "stderr.log"),
@@ -96,13 +107,13 @@ class Member:
             found.waiting_at = str(frame) if frame else None
         return found
 
-    def _state(self, first_failure: float) -> tuple[RankOutcome, float | None]:
+    def _state(self, ended_after: float) -> tuple[RankOutcome, float | None]:
         if self.report is not None:
             return self.report["state"], self.report["at"]
         if self.exit is None:
             return "ended", None
         # torchrun ends the other workers after a failure: these did not crash, they were ended.
-        if self.exit["signal"] in ("SIGTERM", "SIGKILL") and self.exit["at"] > first_failure:
+        if self.exit["signal"] in ("SIGTERM", "SIGKILL") and self.exit["at"] > ended_after:
             return "ended", self.exit["at"]
         return "crashed", self.exit["at"]
 
