@@ -2,9 +2,9 @@
 
     python -m benchmarks.plugin_load
 
-Autoload is off in both, and both find their bytecode cached, as they do from the second run on. The aim is
-under 20 ms; the header, which looks for GPUs, is included. Where there is an NVIDIA driver, asking it comes on
-top: that time is the driver's, not measured here.
+Autoload is off in both, and both find their bytecode cached, as from the second run on. The aim is under
+20 ms; the header, which looks for GPUs, is included. Where there is an NVIDIA driver, asking it comes on top:
+that time is the driver's, not measured here.
 """
 
 from __future__ import annotations

@@ -29,7 +29,8 @@ from pytest_gputrain.plugin.hooks import (  # noqa: E402
 if TYPE_CHECKING:
     from pytest_gputrain.case import TrainingCase
     from pytest_gputrain.checks import CheckResult, parametrize_with_checks, run_checks
-    from pytest_gputrain.launch import Cause, LaunchError, LaunchResult, Verdict, launch
+    from pytest_gputrain.launch import Cause, LaunchError, LaunchResult, Verdict
+    from pytest_gputrain.launch.launcher import launch
 
     requires_gpus: pytest.MarkDecorator
     stability: pytest.MarkDecorator

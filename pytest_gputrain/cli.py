@@ -99,7 +99,7 @@ def _check(options: argparse.Namespace) -> int:
     from pytest_gputrain.case import CaseError
     from pytest_gputrain.launch import LaunchUsageError
 
-    ids = _selected(options.checks, room.all_check_ids())
+    ids = _selected(options.checks, tuple(room.all_check_ids()))
     _require_gpus(options)
     cases = _cases([*options.specs, *(options.gputrain_case or ())])
     show = _table([case.name for case in cases], ids)

@@ -14,7 +14,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from pytest_gputrain.values import parse_size
 
@@ -24,10 +24,8 @@ MAX_FAKE_GPUS = 1024
 DEFAULT_FAKE_MEMORY = "80GB"
 
 
-# Named tuples here and in the plugin: a dataclass takes half a millisecond to make, in every pytest session.
-
-
-class Gpu(NamedTuple):
+@dataclass(frozen=True)
+class Gpu:
     """One GPU, or one MIG slice of a GPU (then ``index`` is that of the whole GPU).
 
     ``memory_bytes`` is 0 where the driver does not tell (some GPUs share the host's memory).
@@ -41,7 +39,8 @@ class Gpu(NamedTuple):
     source: str
 
 
-class Inventory(NamedTuple):
+@dataclass(frozen=True)
+class Inventory:
     """The GPUs found, whatever ``CUDA_VISIBLE_DEVICES`` says; ``detail`` explains when there are none."""
 
     gpus: tuple[Gpu, ...]
@@ -55,12 +54,12 @@ def discover(environ: Mapping[str, str] = os.environ) -> Inventory:
 
     Raises ``ValueError`` when ``GPUTRAIN_FAKE_GPUS`` cannot be read.
     """
-    return _discover(environ.get(FAKE_VARIABLE), environ.get("PATH"))
+    return _discover(environ.get(FAKE_VARIABLE, "").strip(), environ.get("PATH"))
 
 
 @functools.lru_cache(maxsize=32)
-def _discover(fake: str | None, path: str | None) -> Inventory:
-    if fake is not None:
+def _discover(fake: str, path: str | None) -> Inventory:
+    if fake:
         return parse_fake(fake)
     # Imported on demand: this module is loaded with the plugin, the probes only when somebody asks.
     from pytest_gputrain.devices import probes

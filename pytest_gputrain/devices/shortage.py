@@ -26,7 +26,9 @@ def shortage(
     num_large = sum(gpu.memory_bytes >= least for gpu in visible)
     if num_large >= num_gpus:
         return None
-    needed = f"needs {need(num_gpus, memory)} ({format_size(least)})"
+    needed = f"needs {need(num_gpus, memory)}" + (
+        f" ({format_size(least)})" if isinstance(memory, str) else ""
+    )
     found = describe_found(environ, sizes=True)
     return f"{needed}, found {found}" + (f", {num_large} of them that large" if visible else "")
 

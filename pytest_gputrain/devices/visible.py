@@ -43,7 +43,7 @@ def _named(entry: str, gpus: tuple[Gpu, ...]) -> Gpu | None:
     if not entry.startswith(("GPU-", "MIG-")):
         return None
     # CUDA takes any prefix of a UUID that is unambiguous.
-    matches = [gpu for gpu in gpus if gpu.uuid.lower().startswith(entry.lower())]
+    matches = [gpu for gpu in gpus if gpu.uuid.startswith(entry)]
     exact = [gpu for gpu in matches if len(gpu.uuid) == len(entry)]
     if exact:
         return exact[0]

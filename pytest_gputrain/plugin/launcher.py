@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gputrain.devices import discover, visible_gpus
 from pytest_gputrain.launch import LaunchDefaults, Launcher, LaunchError, LaunchUsageError, Verdict
 from pytest_gputrain.plugin.markers import SHORTAGE_PROPERTY
 from pytest_gputrain.plugin.settings import settings_of
@@ -35,14 +33,15 @@ class LaunchFailure(LaunchError, pytest.fail.Exception):  # type: ignore[name-de
         self.pytrace = False
 
 
-# How pytest names the class in its short summary: `FAILED test_x.py::test_a - LaunchError: HUNG after …`.
-LaunchFailure.__name__ = LaunchFailure.__qualname__ = "LaunchError"
-LaunchFailure.__module__ = "builtins"
-
-
 # Marked final for type checkers only; this is a usage error of pytest and a ValueError for who catches it.
 class LauncherUsageError(LaunchUsageError, pytest.UsageError):  # type: ignore[misc]
     """Bad input to ``ddp_launcher``: one line, raised before any rank starts."""
+
+
+# How pytest names them, in its short summary too: `FAILED test_x.py::test_a - LaunchError: HUNG after …`.
+LaunchFailure.__name__ = LaunchFailure.__qualname__ = "LaunchError"
+LauncherUsageError.__name__ = LauncherUsageError.__qualname__ = "LaunchUsageError"
+LaunchFailure.__module__ = LauncherUsageError.__module__ = "builtins"
 
 
 class PytestLauncher(Launcher):
@@ -83,13 +82,11 @@ def launcher_for(node: pytest.Item, tmp_path_factory: pytest.TempPathFactory) ->
     """Return the launcher of one test. Folders are made by the first launch, not before."""
     settings = settings_of(node.config)
     artifacts = (settings.report or tmp_path_factory.getbasetemp() / "gputrain") / folder_name(node.nodeid)
-    gpus = visible_gpus(discover(), os.environ)
     defaults = LaunchDefaults(
         timeout=settings.timeout,
         stall=settings.stall,
         device="cuda" if node.get_closest_marker("requires_gpus") else "cpu",
         artifacts=artifacts,
-        gpus=tuple(gpu.uuid for gpu in gpus),
     )
     return PytestLauncher(node, defaults)
 

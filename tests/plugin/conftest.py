@@ -1,0 +1,35 @@
+"""How these tests run pytest inside pytest: this plugin alone, and nothing of the caller's settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+Run = Callable[..., pytest.RunResult]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*os.environ]:
+        if name.startswith(("GPUTRAIN_", "PYTEST_ADDOPTS", "CUDA_VISIBLE_DEVICES")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester) -> Run:
+    """Run pytest with the plugin in this process: quick, for everything that is not about processes."""
+    return lambda *arguments: pytester.runpytest_inprocess("-p", "pytest_gputrain", *arguments)
+
+
+@pytest.fixture
+def run_child(pytester: pytest.Pytester) -> Run:
+    """Run pytest with the plugin, xdist and pytest-timeout in a child process."""
+    plugins = [part for name in ("xdist", "timeout", "pytest_gputrain") for part in ("-p", name)]
+    return lambda *arguments: pytester.runpytest_subprocess(*plugins, *arguments, timeout=100)
