@@ -62,7 +62,11 @@ class ServerHandle:
         with theirs:
             self._process = self._start(theirs.fileno(), environ)
         self.reader = wire.Reader(self.sock)
-        self._await_ready()
+        try:
+            self._await_ready()
+        except BaseException:  # KeyboardInterrupt while torch is being imported
+            self.close()
+            raise
 
     def _start(self, fd: int, environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
         root = str(Path(__file__).resolve().parents[2])
@@ -89,9 +93,7 @@ class ServerHandle:
             why = "ended before it was ready"
         except TimeoutError:
             why = f"was not ready after {START_DEADLINE:.0f} s"
-        last = self.last_words()
-        self.close()
-        raise ServerLost(f"the process that forks the ranks {why}: {last}")
+        raise ServerLost(f"the process that forks the ranks {why}: {self.last_words()}")
 
     def last_words(self) -> str:
         """What the server wrote to standard error, its last lines."""

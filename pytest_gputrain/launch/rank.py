@@ -170,6 +170,7 @@ def _join_group(spec: Mapping[str, Any], rank: int, listen_fd: int | None) -> No
         wait_for_workers=False,
         master_listen_fd=listen_fd if rank == 0 else None,
     )
+    globals()["_store"] = store  # its server must outlive destroy_process_group: a program may join again
     dist.init_process_group(spec["backend"], store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 

@@ -181,3 +181,4 @@ def main(fd: int, owner: int, preload: list[str]) -> None:
             importlib.import_module(name)
     assert output and rank  # what ranks need is loaded now, once
     Server(socket.socket(fileno=fd), owner).serve()
+    os._exit(0)  # tearing torch down takes longer than the owner should wait

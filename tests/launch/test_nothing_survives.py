@@ -1,0 +1,200 @@
+"""Nothing outlives a launch: not after KeyboardInterrupt, not after SIGKILL of pytest, server or torchrun."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pytest_gputrain import launch
+from pytest_gputrain.launch import Verdict
+
+MARK = "GPUTRAIN_TEST_SURVIVORS"
+
+TEST_FILE = """
+import os, subprocess, time
+
+def hang():
+    subprocess.Popen(["sleep", "1234"], start_new_session=True)
+    open(os.environ["READY"] + os.environ["RANK"], "w").close()
+    while True:
+        time.sleep(0.01)
+
+def test_hang(ddp_launcher):
+    ddp_launcher(hang, timeout=120)
+"""
+
+SCRIPT = """
+import os, subprocess, time
+subprocess.Popen(["sleep", "1234"], start_new_session=True)
+open(os.environ["READY"] + os.environ["RANK"], "w").close()
+time.sleep(1000)
+"""
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    limit = time.monotonic() + seconds
+    while time.monotonic() < limit:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return condition()
+
+
+class Session:
+    """A pytest process that hangs in a launch of two ranks, each with a grandchild in its own session."""
+
+    def __init__(self, folder: Path) -> None:
+        self.mark = uuid.uuid4().hex
+        folder.mkdir()
+        (folder / "test_hang.py").write_text(textwrap.dedent(TEST_FILE))
+        (folder / "tmp").mkdir()
+        self.temporary = folder / "tmp"
+        environ = {
+            **os.environ,
+            MARK: self.mark,
+            "READY": str(folder / "ready"),
+            "TMPDIR": str(folder / "tmp"),
+        }
+        root = Path(__file__).parents[2]
+        environ["PYTHONPATH"] = str(root)
+        arguments = ["-p", "pytest_gputrain", "-p", "no:cacheprovider", "--disable-plugin-autoload", "-q"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pytest", *arguments, f"--rootdir={folder}", str(folder)],
+            env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder,
+        )  # fmt: skip
+        self._ready = [folder / f"ready{rank}" for rank in range(2)]
+
+    def wait_for_ranks(self) -> None:
+        assert wait_until(lambda: all(path.exists() for path in self._ready), 90), self.process.poll()
+        assert len(marked(self.mark)) >= 6  # pytest, server, two ranks, two grandchildren
+
+    def finish(self) -> str:
+        output, _ = self.process.communicate(timeout=60)
+        return output.decode()
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_sigkill_of_pytest(times: int, tmp_path: Path) -> None:
+    for first in range(0, times, 2):  # two at a time: they are independent, and importing torch is slow
+        sessions = [Session(tmp_path / str(number)) for number in range(first, first + 2)]
+        for session in sessions:
+            session.wait_for_ranks()
+            session.process.kill()
+        for session in sessions:
+            assert wait_until(lambda s=session: not marked(s.mark), 10), marked(session.mark)  # type: ignore[misc]
+            session.finish()
+            assert not list(session.temporary.glob("gputrain-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_in_pytest(number: signal.Signals, tmp_path: Path) -> None:
+    session = Session(tmp_path / "s")
+    session.wait_for_ranks()
+    session.process.send_signal(number)
+    output = session.finish()
+    if number == signal.SIGINT:
+        assert "KeyboardInterrupt" in output
+        assert session.process.returncode == 2
+    assert wait_until(lambda: not marked(session.mark), 10), marked(session.mark)
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_sigkill_of_torchrun(times: int, tmp_path: Path) -> None:
+    script = tmp_path / "hang.py"
+    script.write_text(SCRIPT)
+    for turn in range(times):
+        ready = tmp_path / f"ready-{turn}-"
+        killer = threading.Thread(target=_kill_agent, args=(ready,))
+        killer.start()
+        result = launch.torchrun(script, timeout=60, check=False, env={"READY": str(ready)})
+        killer.join(30)
+        assert result.verdict is Verdict.CRASHED
+        assert "torchrun was killed by SIGKILL" in str(result.cause)
+        assert result.seconds < 20
+        _no_child_of_a_server()
+
+
+def _kill_agent(ready: Path) -> None:
+    assert wait_until(lambda: all(Path(f"{ready}{rank}").exists() for rank in range(2)), 30)
+    for server in psutil.Process().children():
+        for agent in server.children():
+            if len(agent.children()) >= 2:
+                agent.kill()
+
+
+def _no_child_of_a_server() -> None:
+    for server in psutil.Process().children():
+        assert server.children(recursive=True) == []
+
+
+def test_sigkill_of_the_fork_server(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    mark = uuid.uuid4().hex
+
+    def program() -> None:
+        subprocess.Popen(["sleep", "1234"], start_new_session=True)
+        Path(f"{ready}{os.environ['RANK']}").touch()
+        time.sleep(600)
+
+    def kill() -> None:
+        assert wait_until(lambda: all(Path(f"{ready}{rank}").exists() for rank in range(2)), 60)
+        next(server for server in psutil.Process().children() if server.children()).kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = launch(program, timeout=60, check=False, env={MARK: mark})
+    killer.join(10)
+    assert result.verdict is Verdict.CRASHED
+    assert "the process that forks the ranks died" in str(result.cause)
+    assert wait_until(lambda: not marked(mark), 10), marked(mark)
+    assert launch(lambda: 1).values == [1, 1]  # the next launch gets a new server
+
+
+def test_an_exception_in_the_waiting_process_ends_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytest_gputrain.launch import supervise
+
+    mark = uuid.uuid4().hex
+
+    def interrupted(self: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(supervise.Supervision, "_failed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        launch(lambda: time.sleep(600), env={MARK: mark})
+    assert marked(mark) == []
+
+
+def test_fifty_launches_leave_memory_files_and_processes_flat() -> None:
+    launch(lambda: None)
+    me = psutil.Process()
+    files, memory = me.num_fds(), me.memory_info().rss
+    for turn in range(50):
+        result = launch(lambda turn=turn: turn, check=False)
+        assert result.values == [turn, turn]
+    del result
+    assert me.num_fds() <= files
+    assert me.memory_info().rss - memory < 20_000_000
+    assert list(Path(tempfile.gettempdir()).glob(f"gputrain-{os.getpid()}-*")) == []

@@ -1,0 +1,99 @@
+"""The small parts of a launch, without processes."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_gputrain.launch import output, payload, stacks, wire
+
+DUMP = """\
+--- dump 10:00:00
+Current thread 0x01 (most recent call first):
+  File "/home/me/old.py", line 1 in old
+--- dump 10:00:01
+Thread 0x02 [worker] (most recent call first):
+  File "/home/me/data.py", line 3 in load
+
+Current thread 0x01 [python] (most recent call first):
+  File "/env/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 3252 in all_reduce
+  File "/home/me/train.py", line 57 in step
+  File "{ours}/launch/rank.py", line 120 in run_function
+  File "{ours}/launch/server.py", line 10 in main
+""".replace("{ours}", str(Path(stacks.__file__).parents[1]))
+
+
+def test_the_last_dump_is_read_down_to_this_package() -> None:
+    text = stacks.last_dump(DUMP)
+    assert "old.py" not in text
+    assert text.endswith('  File "/home/me/train.py", line 57 in step\n  (below: pytest_gputrain.launch)')
+
+
+def test_the_main_thread_the_user_frame_and_the_wait_are_found() -> None:
+    frames = stacks.main_thread(DUMP)
+    assert str(stacks.user_frame(frames)) == "/home/me/train.py:57 in step"
+    assert stacks.in_collective(frames)
+    assert not stacks.in_collective(frames[1:])
+    assert stacks.main_thread("nothing") == []
+    assert stacks.user_frame([]) is None
+
+
+@given(st.lists(st.tuples(st.dictionaries(st.text(), st.integers()), st.binary(max_size=5000)), max_size=8))
+def test_frames_survive_any_cutting(frames: list[tuple[dict[str, int], bytes]]) -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        reader = wire.Reader(right)
+        for header, body in frames:
+            wire.send(left, header, body)
+        left.close()
+        received = []
+        while reader.read():
+            received += list(reader.frames())
+    assert received == frames
+
+
+def test_a_long_stream_keeps_both_ends(tmp_path: Path) -> None:
+    path = tmp_path / "stdout.log"
+    path.write_bytes(b"first\n" + b"x" * 20_000_000 + b"\nlast\n")
+    output.relieve(path)
+    assert path.stat().st_size == 20_000_012
+    assert path.stat().st_blocks * 512 < 5_000_000
+    text = output.read(path)
+    assert text.startswith("first\n") and text.endswith("\nlast\n")
+    output.compact(path, text)
+    assert path.read_text() == text
+
+
+def test_a_missing_stream_is_empty(tmp_path: Path) -> None:
+    assert output.read(tmp_path / "none") == ""
+    output.relieve(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [([3], "rank 3"), ([0, 1, 2, 3], "ranks 0-3"), ([3, 0, 1], "ranks 0-1, 3"), ([0, 2], "ranks 0, 2")],
+)
+def test_ranks_are_listed_briefly(ranks: list[int], text: str) -> None:
+    assert output.rank_list(ranks) == text
+
+
+def test_last_lines_say_what_is_missing_and_are_bounded() -> None:
+    assert output.last_lines("a\nb\nc\n", 2) == "[1 lines before]\nb\nc"
+    assert len(output.last_lines("x" * 10_000, 5)) == 400
+
+
+def test_a_call_travels() -> None:
+    captured = [1, 2]
+    target, args, kwargs = payload.unpack_call(
+        payload.pack_call(lambda x, y: (captured, x, y), [3], {"y": 4})
+    )
+    assert target(*args, **kwargs) == ([1, 2], 3, 4)
+
+
+def test_no_value_is_none() -> None:
+    assert payload.unpack_value(b"") is None
+    assert payload.unpack_value(payload.pack_value({"a": [1]})) == {"a": [1]}
