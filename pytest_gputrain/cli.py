@@ -69,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _ranks(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a number of ranks from 1 up")
+    if not text.strip().isdecimal() or int(text) < 2:  # data parallel with one rank would prove nothing
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a number of ranks from 2 up")
     return int(text)
 
 
@@ -95,18 +95,22 @@ def _file(text: str) -> Path:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from pytest_gputrain import checks as room
     from pytest_gputrain.case import CaseError
+    from pytest_gputrain.checks import CheckContext, all_check_ids, run_checks
+    from pytest_gputrain.checks.preflight import preflight
     from pytest_gputrain.launch import LaunchUsageError
 
-    ids = _selected(options.checks, tuple(room.all_check_ids()))
+    ids = _selected(options.checks, tuple(all_check_ids()))
     _require_gpus(options)
     cases = _cases([*options.specs, *(options.gputrain_case or ())])
-    show = _table([case.name for case in cases], ids)
+    context = CheckContext(device=options.device, world_size=options.world_size, timeout=options.timeout)
     results: list[CheckResult] = []
     try:
+        for case in cases:  # all of them before the first check: bad input is told at once, not an hour later
+            preflight(case, context)
+        show = _table([case.name for case in cases], ids)
         for case in cases:
-            results += room.run_checks(
+            results += run_checks(
                 case,
                 checks=list(ids),
                 device=options.device,
@@ -159,7 +163,7 @@ def _table(cases: list[str], checks: Sequence[str]) -> Callable[[CheckResult], N
         print(text.rstrip(), flush=True)
 
     def show(result: CheckResult) -> None:
-        figures = ", ".join(f"{name} {_figure(value)}" for name, value in result.figures.items())
+        figures = ", ".join(_figure(name, value) for name, value in result.figures.items() if value != [])
         # Of what did not pass the first line says more than its figures; the full text comes below.
         said = figures if result.outcome == "passed" else _first_line(result.message)
         line(result.case, result.check, result.outcome, f"{result.seconds:.1f}", said)
@@ -168,8 +172,10 @@ def _table(cases: list[str], checks: Sequence[str]) -> Callable[[CheckResult], N
     return show
 
 
-def _figure(value: float | int | str) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _figure(name: str, value: object) -> str:
+    if isinstance(value, list):
+        return f"{name} {' '.join(map(str, value))}"
+    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def _first_line(message: str) -> str:

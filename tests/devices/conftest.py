@@ -18,7 +18,8 @@ class NVMLError(Exception):
 
 
 def error(name: str, text: str) -> NVMLError:
-    return type(name, (NVMLError,), {"__str__": lambda self: text})()
+    made: NVMLError = type(name, (NVMLError,), {})(text)
+    return made
 
 
 @dataclass

@@ -122,7 +122,7 @@ def test_a_failure_within_nvml_still_shuts_it_down(use_nvml: UseNvml) -> None:
     def lost(_: Card) -> str:
         raise error("NVMLError_GpuIsLost", "GPU is lost")
 
-    fake.nvmlDeviceGetUUID = lost  # type: ignore[method-assign]
+    fake.nvmlDeviceGetUUID = lost  # type: ignore[method-assign, assignment]
     use_nvml(fake)
     notes: list[str] = []
     assert probes.by_nvml(notes) is None
