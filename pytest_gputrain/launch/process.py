@@ -68,9 +68,9 @@ def kill_descendants(reaped: list[tuple[int, int]], *, within: float = 10.0) -> 
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
         reaped += reap()
-        alive = descendants()
-        if not alive:
+        if not has_children():
             return True
+        alive = descendants()
         for process in alive:
             with suppress(psutil.Error):
                 process.send_signal(signal.SIGSTOP)
@@ -79,6 +79,15 @@ def kill_descendants(reaped: list[tuple[int, int]], *, within: float = 10.0) -> 
                 process.kill()
         time.sleep(0.002)
     return False
+
+
+def has_children() -> bool:
+    """Whether this process has any child, running or not yet reaped. Orphans it adopted are children too."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def reap() -> list[tuple[int, int]]:

@@ -13,6 +13,17 @@ from .records import Cause, RankResult, Verdict
 
 _OUTPUT_LINES = 20
 _TRACE_LINES = 30
+_LIKELY = {
+    "left": "ranks ran a different number of steps, or only some of them came to this collective; "
+    "give every rank the same number of batches, or use torch.distributed.algorithms.Join",
+    "slow": "too little time, or a loop that does not end; more time is timeout=SECONDS",
+    "deadlock": "ranks entered different collectives, or the same ones in a different order",
+    "SIGKILL": "the kernel's out-of-memory killer, if nobody else sent it: `dmesg | grep -i kill` tells",
+    "SIGABRT": "a collective with different shapes or dtypes on the ranks aborts like this on gloo, "
+    "and so does a failed assertion in C++; its last words are in stderr below",
+    "skip": "a condition that differs between ranks; decide before the launch, or alike on all ranks",
+}
+"""What is usually behind a symptom; said as likely, since it was not proved."""
 
 
 @dataclass
@@ -58,6 +69,8 @@ class LaunchResult:
         if self.verdict is Verdict.SKIPPED:
             return f"SKIPPED: {self.cause}"
         lines = [f"{self.verdict} after {self.seconds:.1f} s: {self.cause}"]
+        if self.cause is not None and (advice := _LIKELY.get(self._symptom(self.cause))):
+            lines.append(f"  likely: {advice}")
         lines += [f"  {line}" for line in self._others()]
         lines += self._traceback()
         lines += self._outputs()
@@ -70,6 +83,10 @@ class LaunchResult:
         """One line a group of ranks that share a fate; the culprit is in the first line already."""
         fates = {r.rank: _fate(r) for r in self.ranks if not self._is_culprit(r)}
         return [f"{output.rank_list(ranks)}: {text}" for ranks, text in output.grouped(fates)]
+
+    def _symptom(self, cause: Cause) -> str:
+        signal = self.ranks[cause.rank].signal if cause.rank is not None and cause.kind == "signal" else None
+        return signal or cause.kind
 
     def _is_culprit(self, rank: RankResult) -> bool:
         return self.cause is not None and rank.rank == self.cause.rank and rank.state in ("failed", "crashed")

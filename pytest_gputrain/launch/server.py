@@ -144,9 +144,9 @@ class Server:
     def _end(self) -> None:
         """Ends the launch: everything below this process, the owner told what had to be killed."""
         ended = process.reap()
-        left = process.descendants() if _has_children() else []
+        left = process.descendants() if process.has_children() else []
         leftovers = [process.describe(child) for child in left]
-        clean = process.kill_descendants(ended) if left else True
+        clean = process.kill_descendants(ended)
         self._tell_exits(ended)
         self._temporary = None
         wire.send(self._control, {"event": "ended", "leftovers": leftovers, "clean": clean})
@@ -163,14 +163,6 @@ def _listener() -> socket.socket:
     listener.bind(("127.0.0.1", 0))
     listener.listen(512)
     return listener
-
-
-def _has_children() -> bool:
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
 
 
 def main(fd: int, owner: int, preload: list[str]) -> None:

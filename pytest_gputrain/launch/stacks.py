@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sysconfig
 import traceback
@@ -36,7 +37,9 @@ class Frame:
     function: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} in {self.function}"
+        """``file:line in function``, the file relative to the working directory if it is below it."""
+        file = self.file.removeprefix(os.getcwd() + os.sep)
+        return f"{file}:{self.line} in {self.function}"
 
 
 def main_thread(dump: str) -> list[Frame]:

@@ -13,7 +13,6 @@ import pytest
 import pytest_gputrain
 from pytest_gputrain.launch import LaunchUsageError, client
 
-
 launch: Any = pytest_gputrain.launch  # Any: what is wrong here, mypy would refuse
 
 

@@ -83,7 +83,8 @@ class Session:
         arguments = ["-p", "pytest_gputrain", "-p", "no:cacheprovider", "--disable-plugin-autoload", "-q"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *arguments, f"--rootdir={folder}", str(folder)],
-            env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=folder,
+            env=environ, cwd=folder,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         self._ready = [folder / f"ready{rank}" for rank in range(2)]
 
