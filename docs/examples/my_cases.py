@@ -1,0 +1,24 @@
+"""A training case: your loop taken apart into named functions. Here for a model of the transformers library."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pytest_gputrain import TrainingCase
+
+
+def model():
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    return LlamaForCausalLM(config)
+
+
+def batch(batch_size, device):
+    return {"input_ids": torch.randint(0, 257, (batch_size, 16), device=device)}
+
+
+def loss(model, batch):
+    return model(**batch, labels=batch["input_ids"]).loss
+
+
+llama = TrainingCase(name="llama", model=model, batch=batch, loss=loss)
