@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     terminal.check_pretended_gpus()
     if not is_xdist_worker(config):
         config.pluginmanager.register(terminal.Ledger(resolved.require_gpus or 0), "gputrain-ledger")
-    if config.pluginmanager.hasplugin("xdist"):
+    if hasattr(config.hook, "pytest_testnodedown"):  # whatever name xdist was loaded by
         from pytest_gputrain.plugin.xdist import XdistHooks
 
         config.pluginmanager.register(XdistHooks(), "gputrain-xdist")
