@@ -132,31 +132,16 @@ def _shake(trainer: _Trainer, ctx: CheckContext, step: int) -> None:
     seed_everything(seed_for(ctx, step, rank=1))
     with torch.no_grad():
         for parameter in trainer.parameters.values():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.element_size() > 1:
                 size = float(parameter.float().square().mean().sqrt()) or 0.4
                 parameter.add_(torch.randn_like(parameter) * (SHAKE * size))
 
 
 def _distances(expected: dict[str, Any], seen: dict[str, Any]) -> dict[str, float]:
     """By name, the norm of the difference over the norm of the gradient; missing on one side only is 1."""
-    return {name: _distance(expected.get(name), seen.get(name)) for name in {**expected, **seen}}
+    from pytest_gputrain.checks.parity_verdict import distance
 
-
-def _distance(expected: Any, seen: Any) -> float:
-    import torch
-
-    if expected is None and seen is None:
-        return 0.0
-    if expected is None or seen is None:
-        present = seen if expected is None else expected
-        return 1.0 if bool((present != 0).any()) else 0.0
-    if torch.equal(expected, seen):
-        return 0.0
-    wanted, got = expected.double(), seen.double()
-    if not bool(torch.isfinite(wanted).all() and torch.isfinite(got).all()):
-        return 0.0 if bool((torch.isfinite(wanted) == torch.isfinite(got)).all()) else float("inf")
-    difference, norm = float((got - wanted).norm()), float(wanted.norm())
-    return difference / norm if norm else float("inf")
+    return {name: distance(expected.get(name), seen.get(name)) for name in {**expected, **seen}}
 
 
 def _judge(expected: list[_Taken], taken: list[_Taken], plain: _Trainer, noise: float, label: str) -> float:

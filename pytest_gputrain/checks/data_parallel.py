@@ -14,7 +14,7 @@ from typing import Any
 from pytest_gputrain import pytree
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks.context import CheckContext
-from pytest_gputrain.checks.ranks import on_ranks
+from pytest_gputrain.checks.ranks import mark_progress, on_ranks
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, Figures
 
@@ -102,8 +102,7 @@ def _train(case: TrainingCase, ctx: CheckContext, checkpointing: bool) -> _Progr
     seed_everything(seed_for(ctx, 0, rank))
     progress, data = _Progress(), iter(stream(case, ctx))
     for batch in itertools.islice(data, MAX_STEPS):
-        # Read by whoever looks at a rank's output after a hang.
-        print(f"ddp_completes: step {progress.steps}", flush=True)
+        mark_progress(progress.steps)
         value = loss_value(case.step(wrapped, optimizer, [batch]))
         if value is not None and (value != value or abs(value) == float("inf")):
             progress.bad_step, progress.loss = (
@@ -185,8 +184,9 @@ def _judge_pair(
         raise CheckFailed(f"{ranks} train on the same batch in {where}\n{_ADVICE}", {**figures, "same": same})
     shift = _shift(mine, theirs)
     if shift:
+        apart = f"{abs(shift)} step{'s' if abs(shift) > 1 else ''} apart"
         raise CheckFailed(
-            f"{ranks} train on the same batches, {abs(shift)} steps apart\n{_ADVICE_SHIFT}",
+            f"{ranks} train on the same batches, {apart}\n{_ADVICE_SHIFT}",
             {**figures, "shift": shift},
         )
     shared = sorted(

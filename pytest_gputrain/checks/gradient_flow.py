@@ -60,13 +60,13 @@ def _trace(case: TrainingCase, ctx: CheckContext) -> Figures:
     from pytest_gputrain.trace.steps import MOMENTS, StepRecorder
 
     model = build_alone(case, ctx)
-    optimizer = case.optimizer(model)
     tracer, seen = GradTracer(model), _Seen()
     if not tracer.trainable:
         raise CheckFailed(
             f"nothing trains: none of the model's {len(named_parameters(model))} parameters "
             "has requires_grad=True"
         )
+    optimizer = case.optimizer(model)
     recorder = StepRecorder(named_parameters(model), optimizer)
     started, steps, backwards = time.monotonic(), 0, 0
     with tracer:

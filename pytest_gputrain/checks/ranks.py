@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 RankBody = Callable[..., Any]
 _CHECKS_FOLDER = str(Path(__file__).resolve().parent)
 _TRACE_FOLDER = str(Path(__file__).resolve().parent.parent / "trace")
+# Names the parameters in "Expected to have finished reduction" (DETAIL crashes on gloo).
+_ENVIRON = {"TORCH_DISTRIBUTED_DEBUG": "INFO"}
+_WITHOUT_GRADIENT = re.compile(r"Parameters which did not receive grad for rank (\d+): (.+)")
+_PROGRESS = "[gputrain] step "
 _LAST_FRAME = re.compile(r'^  File "(.+?)", line \d+', re.MULTILINE)
 
 
@@ -52,9 +56,10 @@ def on_ranks(
         world_size=world_size,
         device=ctx.device,
         timeout=ctx.timeout,
+        env=_ENVIRON,
         check=False,
     )
-    _raise_for(result, doing)
+    _raise_for(result, doing, keeps_artifacts=ctx.launcher is not None)
     for value in result.values:
         if isinstance(value, Ended):
             raise value.outcome
@@ -92,7 +97,12 @@ def same_arithmetic() -> Iterator[None]:
     yield
 
 
-def _raise_for(result: LaunchResult, doing: str) -> None:
+def mark_progress(step: int) -> None:
+    """Say, on the rank's output, which step begins: read again if the launch does not pass."""
+    print(f"{_PROGRESS}{step}", flush=True)
+
+
+def _raise_for(result: LaunchResult, doing: str, *, keeps_artifacts: bool) -> None:
     from pytest_gputrain.launch import Verdict
 
     if result.verdict is Verdict.PASSED:
@@ -100,11 +110,36 @@ def _raise_for(result: LaunchResult, doing: str) -> None:
     if result.verdict is Verdict.SKIPPED:
         raise CheckSkipped(str(result.cause))
     text = result.summary()
+    if not keeps_artifacts:  # a temporary folder, gone with the result
+        text = "\n".join(line for line in text.splitlines() if not line.startswith("  artifacts:"))
     blamed = next((r for r in result.ranks if r.error and not r.error.is_victim and _is_ours(r.error)), None)
     if blamed is not None and blamed.error is not None:
         raise CheckUndecided(f"the check itself failed while {doing}: {blamed.error.headline}\n{text}")
     first, _, rest = text.partition("\n")
-    raise CheckFailed(f"{first}\n  while {doing}\n{rest}", {"verdict": result.verdict.value})
+    if result.verdict is Verdict.FAILED:  # "raised" says it; HUNG, CRASHED and TIMED_OUT need their word
+        first = str(result.cause)
+    context = f"  while {doing}{_reached(result)}"
+    raise CheckFailed(
+        "\n".join([first, *_without_gradient(result), context, rest]), {"verdict": result.verdict.value}
+    )
+
+
+def _reached(result: LaunchResult) -> str:
+    """ ", in step 3 (rank 0), step 2 (rank 1)" where the body marked its progress."""
+    steps = [rank.stdout.rpartition(_PROGRESS)[2].partition("\n")[0] for rank in result.ranks]
+    marked = [_PROGRESS in rank.stdout for rank in result.ranks]
+    if not any(marked):
+        return ""
+    if len(set(steps)) == 1:
+        return f", in step {steps[0]}"
+    return ", in " + ", ".join(f"step {step} (rank {number})" for number, step in enumerate(steps))
+
+
+def _without_gradient(result: LaunchResult) -> list[str]:
+    """The parameters that DistributedDataParallel waited for in vain, in its own words."""
+    messages = " ".join(rank.error.message for rank in result.ranks if rank.error)
+    found = dict(_WITHOUT_GRADIENT.findall(messages))
+    return [f"  no gradient on rank {rank} for: {names.strip()}" for rank, names in sorted(found.items())]
 
 
 def _is_ours(error: Any) -> bool:

@@ -66,8 +66,9 @@ def as_if_wrapped(model: Any) -> Any:
     added: dict[str, Any] = {}
     if not hasattr(model, "module"):
         added["module"] = property(lambda self: self)
-    if not hasattr(model, "no_sync"):
-        added["no_sync"] = lambda self: contextlib.nullcontext()
+    for name in ("no_sync", "join"):
+        if not hasattr(model, name):
+            added[name] = lambda self, *args, **kwargs: contextlib.nullcontext()
     if added:
         kind = type(model)
         named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
@@ -75,6 +76,19 @@ def as_if_wrapped(model: Any) -> Any:
         with contextlib.suppress(TypeError):
             model.__class__ = type(kind.__name__, (kind,), {**named, **added})
     return model
+
+
+def trained_parameters(model: Any, wrapped: Any, optimizer: Any) -> dict[str, Any]:
+    """The model's parameters, and those the optimizer holds beside them (a loss with weights of its own)."""
+    from pytest_gputrain.trace.optimizers import optimizers_in, parameters_of
+
+    found = parameter_names(model, wrapped)
+    known = {id(parameter) for parameter in found.values()}
+    held = [parameter for inner in optimizers_in(optimizer) for parameter in parameters_of(inner)]
+    for parameter in {id(one): one for one in held}.values():
+        if id(parameter) not in known:
+            found[f"(outside the model) {len(found)}"] = parameter
+    return found
 
 
 def parameter_names(model: Any, wrapped: Any) -> dict[str, Any]:

@@ -10,19 +10,19 @@ _DIGEST_BYTES = 12  # 2**-48 for a collision among all tensors of a run; the tex
 
 
 def whole(tensor: Any) -> Any:
-    """A detached plain tensor; a sharded one (DTensor) is gathered, which is a collective."""
+    """A detached plain tensor: a sharded one (DTensor) is gathered, a collective, a sparse one filled."""
+    import torch
+
     tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    plain = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return plain if plain.layout == torch.strided else plain.to_dense()
 
 
 def tensor_digest(tensor: Any) -> str:
     """Digest of shape, dtype and bits; ``"none"`` for None."""
     if tensor is None:
         return "none"
-    plain = whole(tensor)
-    if plain.layout.__str__() != "torch.strided":
-        plain = plain.to_dense()
-    plain = plain.cpu().contiguous().resolve_conj().resolve_neg()
+    plain = whole(tensor).cpu().contiguous().resolve_conj().resolve_neg()
     state = hashlib.blake2b(f"{plain.dtype}{tuple(plain.shape)}".encode(), digest_size=_DIGEST_BYTES)
     # Not .numpy(): it knows no bfloat16, and torch works without numpy.
     state.update(ctypes.string_at(plain.data_ptr(), plain.numel() * plain.element_size()))

@@ -29,7 +29,6 @@ class StepRecord:
     gradients: by moment, by name; a name is absent where the moment did not come for it.
     backwards_before: by name, how many backward passes had run when its optimizer stepped.
     updates: by optimizer step but the last, the parameters as it left them.
-    rates: one list a step of optimizer, the learning rate of each group.
     """
 
     gradients: dict[str, Gradients] = field(default_factory=lambda: {moment: {} for moment in MOMENTS})
@@ -60,6 +59,8 @@ class StepRecorder:
         self.after_update = after_update
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._depth = 0
+        self._updating: list[str] | None = None
+        self._ran_closure = False
         self._latest: Gradients = {}
         self._clipped: Gradients = {}
         self._record = StepRecord()
@@ -91,8 +92,21 @@ class StepRecorder:
             self._record.backwards += 1
             if self.after_backward is not None:
                 self.after_backward(self._record)
-            self._latest, self._clipped = self._gradients(), {}
+            self._keep(self._gradients())
         return outcome
+
+    def _keep(self, gradients: Gradients) -> None:
+        """A closure runs backward inside the optimizer's step, maybe often: the first is at these weights."""
+        if self._updating is None:
+            self._latest, self._clipped = gradients, {}
+        elif not self._ran_closure:
+            self._ran_closure = True
+            self._latest, self._clipped = gradients, {}
+            seen = self._record.gradients
+            for name in self._updating:  # what was there before the closure is left from the last step
+                seen[AT_STEP].pop(name, None)
+                seen[BEFORE_CLIP].pop(name, None)
+                seen[AFTER_BACKWARD][name] = gradients[name]
 
     def _before_clip(self) -> None:
         if not self._clipped:
@@ -100,16 +114,26 @@ class StepRecorder:
 
     def _before_update(self, optimizer: Any, held: Held) -> None:
         seen = self._record.gradients
-        for name in self._held_names(held):
+        self._updating, self._ran_closure = self._held_names(held), False
+        for name in self._updating:
             if held is not None or name not in seen[AT_STEP]:
-                seen[AT_STEP][name] = copy_of(self.parameters[name].grad)
+                seen[AT_STEP][name] = self._at_step(name)
             self._record.backwards_before.setdefault(name, self._record.backwards)
             if name in self._latest:
                 seen[AFTER_BACKWARD].setdefault(name, self._latest[name])
             if name in self._clipped:
                 seen[BEFORE_CLIP].setdefault(name, self._clipped[name])
 
+    def _at_step(self, name: str) -> Any:
+        """The gradient now; the very tensor kept after backward if nothing changed it since."""
+        import torch
+
+        gradient, earlier = copy_of(self.parameters[name].grad), self._latest.get(name)
+        same = gradient is not None and earlier is not None and torch.equal(gradient, earlier)
+        return earlier if same else gradient
+
     def _after_update(self, optimizer: Any, held: Held) -> None:
+        self._updating = None
         self._record.optimizer_steps += 1
         names = self._held_names(held)
         self._record.updates.append({name: copy_of(self.parameters[name]) for name in names})

@@ -1,0 +1,300 @@
+"""When gradients count as equal in ``ddp_parity``, and what is said when they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytest_gputrain.checks.result import CheckFailed, CheckUndecided, Figures
+from pytest_gputrain.trace.names import Owner
+from pytest_gputrain.trace.steps import MOMENTS
+
+Tensors = dict[str, Any]
+
+# Relative to the ranks' gradients. Averages are sums in another order, so a few roundings; anything that is
+# wrong (a factor, a missing rank) is off by tens of percent.
+TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
+# An Adam step turns a rounding of a tiny gradient into a change of sign.
+UPDATE_TOLERANCE = 0.05
+# What sending gradients as bfloat16 costs an element: a rounding on every rank and one in the sum.
+COMPRESSION = 2.0**-7
+COMPRESSION_UNDERFLOW = 6e-8  # smallest float16
+NOT_REPEATABLE = 0.05
+SAME_FACTOR = 0.02
+
+
+class Average:
+    """The weighted sum of the ranks' gradients, and of their sizes, at each moment."""
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.weights = list(weights)
+        self.total: dict[str, Tensors] = {moment: {} for moment in MOMENTS}
+        self.plain: Tensors = {}
+        self.magnitude: dict[str, Tensors] = {moment: {} for moment in MOMENTS}
+        self._added = 0
+
+    def add(self, gradients: dict[str, Tensors]) -> None:
+        """The next rank's gradients."""
+        weight = self.weights[self._added]
+        self._added += 1
+        for moment in MOMENTS:
+            for name, gradient in gradients[moment].items():
+                if gradient is None:
+                    continue  # a parameter that this rank does not use counts as zero
+                wide = _wide(gradient)
+                _accumulate(self.total[moment], name, wide * weight)
+                _accumulate(self.magnitude[moment], name, wide.abs() * weight)
+
+    def at(self, name: str, moment: str, *, like: Any) -> Any:
+        total = self.total[moment].get(name)
+        if total is None:
+            return None
+        import torch
+
+        narrow = torch.view_as_complex(total) if like.is_complex() else total
+        return narrow.to(like.dtype)
+
+
+def _wide(tensor: Any) -> Any:
+    """In a type that sums of halves do not lose digits in."""
+    import torch
+
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return real if real.dtype == torch.float64 else real.float()
+
+
+def _accumulate(into: Tensors, name: str, value: Any) -> None:
+    into[name] = into[name] + value if name in into else value
+
+
+def distance(one: Any, other: Any) -> float:
+    """Norm of the difference over the norm of the first; a gradient on one side only is 1, unless zero."""
+    import torch
+
+    if one is None or other is None:
+        present = other if one is None else one
+        return 0.0 if present is None or not bool((present != 0).any()) else 1.0
+    if torch.equal(one, other):
+        return 0.0
+    wanted, got = _wide(one).double(), _wide(other).double()
+    if not bool((torch.isfinite(wanted) & torch.isfinite(got)).all()):
+        return 0.0 if bool((torch.isfinite(wanted) == torch.isfinite(got)).all()) else float("inf")
+    size = float(wanted.norm())
+    return float((got - wanted).norm()) / size if size else float("inf")
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One parameter that is off. ratio: the factor that explains most of it; rest: what it leaves."""
+
+    name: str
+    error: float
+    ratio: float
+    rest: float
+    missing: bool = False
+
+
+@dataclass
+class Comparison:
+    """All parameters of one step."""
+
+    step: int
+    micro_batches: int
+    compared: int = 0
+    worst: float = 0.0
+    wrong: list[Deviation] = field(default_factory=list)
+
+
+class Verdicts:
+    """Compares, remembers, and puts the outcome into words.
+
+    factor: what the average is multiplied with; the world size where a summed loss stays a sum.
+    """
+
+    def __init__(self, owned_by: dict[str, Owner], world_size: int, reduction: str) -> None:
+        self.owners, self.world_size, self.reduction = owned_by, world_size, reduction
+        self.noise: dict[str, float] = {}
+        self.factor = 1.0
+        self.notes: list[str] = []
+        self.lossy: set[str] = set()
+        self.compared: set[str] = set()
+        self.worst = 0.0
+
+    def add_noise(self, name: str, relative: float) -> None:
+        """How much a parameter's gradient differs when nothing differs."""
+        self.noise[name] = max(relative, self.noise.get(name, 0.0))
+
+    def check_repeatable(self) -> None:
+        """Raises CheckUndecided when most gradients differ from one replay to the next."""
+        shaky = [name for name, distance in self.noise.items() if distance > NOT_REPEATABLE]
+        if len(shaky) * 2 > len(self.noise):
+            raise CheckUndecided(
+                f"the same step, batch and seed give gradients that differ by {max(self.noise.values()):.0%} in "
+                "one process; draw all randomness from torch's default generator"
+            )
+
+    def compare(
+        self,
+        into: Comparison,
+        name: str,
+        actual: Any,
+        average: Average,
+        moment: str,
+        *,
+        factor: float | None = None,
+    ) -> None:
+        """One parameter at one moment. factor: of the average, ``self.factor`` unless given."""
+        import torch
+
+        expected = average.total[moment].get(name)
+        if expected is None and actual is None:
+            return
+        if expected is None:
+            expected = torch.zeros_like(_wide(actual))
+        magnitude = average.magnitude[moment].get(name, expected)
+        seen = torch.zeros_like(expected) if actual is None else _wide(actual)
+        kind = actual.dtype if actual is not None else expected.dtype
+        factor = self.factor if factor is None else factor
+        deviation = self._deviation(name, seen, expected * factor, magnitude * factor, kind, actual is None)
+        size = max(float(magnitude.norm()), float(seen.norm()))
+        if 0 < size < float("inf"):  # neither zero everywhere nor overflown
+            into.compared += 1
+            self.compared.add(name)
+        if deviation is not None:
+            into.wrong.append(deviation)
+
+    def _deviation(
+        self, name: str, seen: Any, expected: Any, magnitude: Any, kind: Any, missing: bool
+    ) -> Deviation | None:
+        import torch
+
+        finite = torch.isfinite(seen) & torch.isfinite(expected)
+        if not bool(finite.all()):
+            if bool((torch.isfinite(seen) == torch.isfinite(expected)).all()):
+                return None  # the loss scaler's business: both overflow in the same places
+            return Deviation(name, float("inf"), 1.0, 1.0, missing)
+        difference = seen.double() - expected.double()
+        scale = max(float(magnitude.double().norm()), float(expected.double().norm()))
+        error = float(difference.norm())
+        label = str(kind).removeprefix("torch.")
+        tolerance = TOLERANCE.get(label, TOLERANCE["float32"]) + 8 * self.noise.get(name, 0.0)
+        if error <= tolerance * scale:
+            self.worst = max(self.worst, error / scale if scale else 0.0)
+            return None
+        allowed = COMPRESSION * magnitude.abs() + COMPRESSION_UNDERFLOW
+        if not missing and bool((difference.abs() <= allowed).all()):
+            self.lossy.add(name)
+            return None
+        square = float(expected.double().square().sum())
+        ratio = float((seen.double() * expected.double()).sum()) / square if square else float("inf")
+        norm = float(seen.double().norm())
+        rest = float((seen.double() - ratio * expected.double()).norm()) / norm if square and norm else 1.0
+        return Deviation(name, error / scale if scale else float("inf"), ratio, rest, missing)
+
+    def compare_update(self, into: Comparison, name: str, seen: Any, expected: Any) -> None:
+        difference, scale = float((seen - expected).double().norm()), float(expected.double().norm())
+        into.compared += bool(scale)
+        if scale or difference:
+            self.compared.add(name)
+        if difference > UPDATE_TOLERANCE * scale:
+            error = difference / scale if scale else float("inf")
+            into.wrong.append(Deviation(name, error, 1.0, 1.0))
+
+    def rescaled(self, comparisons: list[Comparison]) -> list[Comparison]:
+        """A summed loss may stay a sum over ranks or be averaged: both are what the case says."""
+        wrong = [deviation for comparison in comparisons for deviation in comparison.wrong]
+        if self.reduction != "sum" or not wrong:
+            return comparisons
+        if not all(_is_factor(deviation, float(self.world_size)) for deviation in wrong):
+            return comparisons
+        self.factor = float(self.world_size)
+        self.notes.append(
+            f"gradients are the sum over {self.world_size} ranks, as loss_reduction 'sum' allows"
+        )
+        for comparison in comparisons:
+            comparison.wrong = []
+        return comparisons
+
+    def raise_for(self, comparisons: list[Comparison], *, what: str = "gradients", at: str = "") -> None:
+        """Raises CheckFailed for the first step with deviations."""
+        first = next((comparison for comparison in comparisons if comparison.wrong), None)
+        if first is None:
+            return
+        also = [comparison.step for comparison in comparisons if comparison.wrong]
+        raise CheckFailed(
+            self._words(first, what, at, all_steps=len(also) == len(comparisons)),
+            {"steps": also, "wrong": sorted(deviation.name for deviation in first.wrong)},
+        )
+
+    def _words(self, comparison: Comparison, what: str, at: str, *, all_steps: bool) -> str:
+        wrong = sorted(comparison.wrong, key=lambda deviation: -deviation.error)
+        when = "in every step" if all_steps else f"in step {comparison.step}"
+        if not all_steps and comparison.micro_batches > 1:
+            when += f", which has {comparison.micro_batches} micro-batches"
+        counted = f"{len(wrong)} of {max(comparison.compared, len(wrong))} parameters"
+        ratio = wrong[0].ratio
+        if what == "gradients" and all(_is_factor(deviation, ratio) for deviation in wrong):
+            names = "" if len(wrong) == comparison.compared else f": {self._named(wrong)}"
+            return (
+                f"{at}gradients are {ratio:.3f} x the single-process reference on every rank ({counted}) {when}"
+                f"{names}\n  likely: {self._why_factor(ratio)}"
+            )
+        return (
+            f"{at}{what} differ from the single-process reference on every rank ({counted}) {when}: "
+            f"{self._named(wrong)}\n  likely: {self._why_other(wrong, what, comparison)}"
+        )
+
+    def _named(self, wrong: list[Deviation]) -> str:
+        texts = []
+        for deviation in wrong[:5]:
+            how = "got none" if deviation.missing else f"off by {deviation.error:.1%}"
+            owner = f" ({self.owners[deviation.name]})" if deviation.name in self.owners else ""
+            texts.append(f"{deviation.name}{owner} {how}")
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        return ", ".join(texts) + more
+
+    def _why_factor(self, ratio: float) -> str:
+        if abs(ratio - self.world_size) < SAME_FACTOR * self.world_size:
+            return (
+                "a comm hook or loss that sums over ranks and does not divide by world size "
+                f"{self.world_size}"
+            )
+        if abs(ratio * self.world_size - 1) < SAME_FACTOR:
+            return f"gradients are divided by the world size {self.world_size} twice"
+        return "the step scales the loss or the gradients differently on several ranks than on one"
+
+    def _why_other(self, wrong: list[Deviation], what: str, comparison: Comparison) -> str:
+        if self.reduction == "token_mean":
+            return (
+                "a plain average of each rank's token mean, though ranks have different numbers of targets; "
+                "weight by num_targets over all ranks"
+            )
+        if comparison.micro_batches > 1:
+            return (
+                "some micro-batches are not part of the average: accumulation and no_sync do not fit together"
+            )
+        if len(wrong) < comparison.compared:
+            return "these parameters are not averaged like the others, or rank 0's gradient is used for all"
+        return "only some ranks' gradients are used, or ranks weigh differently"
+
+    def figures(self, steps: int) -> Figures:
+        """Raises CheckUndecided when nothing was compared: that must never read as a pass."""
+        if not self.compared:
+            raise CheckUndecided("every gradient is zero on all ranks, so nothing could be compared")
+        if self.lossy:
+            self.notes.append(
+                f"{len(self.lossy)} parameters agree to the precision of bfloat16 compression only"
+            )
+        return {
+            "ranks": self.world_size,
+            "steps": steps,
+            "parameters": len(self.compared),
+            "worst": self.worst,
+            "notes": self.notes,
+        }
+
+
+def _is_factor(deviation: Deviation, factor: float) -> bool:
+    close = abs(deviation.ratio - factor) <= SAME_FACTOR * abs(factor)
+    return close and deviation.rest <= SAME_FACTOR and not deviation.missing

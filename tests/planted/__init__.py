@@ -1,0 +1,1 @@
+"""Small training programs: broken ones with one known defect each, and healthy ones that look suspicious."""
