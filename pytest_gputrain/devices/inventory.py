@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pytest_gputrain.values import parse_size
 
@@ -39,8 +40,7 @@ class Gpu:
     source: str
 
 
-@dataclass(frozen=True)
-class Inventory:
+class Inventory(NamedTuple):
     """The GPUs found, whatever ``CUDA_VISIBLE_DEVICES`` says; ``detail`` explains when there are none."""
 
     gpus: tuple[Gpu, ...]
