@@ -44,10 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "pytest -p pytest_gputrain": lambda: collect(folder, "-p", "pytest_gputrain"),
         }
         seconds = interleave(ways, 1 if given.quick else ROUNDS, warm_up=1 if given.quick else 2)
-    without, with_plugin = (statistics.median(runs) * 1000 for runs in seconds.values())
-    held = with_plugin - without < LIMIT_MS
+    # Round by round: a machine that is busy for a while then adds to both, and not to the difference.
+    added = statistics.median(more - less for less, more in zip(*seconds.values(), strict=True)) * 1000
+    held = added < LIMIT_MS
     figures: dict[str, float | int | str] = {
-        "added ms": round(with_plugin - without, 1),
+        "added ms": round(added, 1),
         "claim": f"under {LIMIT_MS:.0f} ms",
         "claim_holds": str(held),
     }
