@@ -10,7 +10,7 @@ from collections.abc import Generator
 
 import pytest
 
-from pytest_gputrain.plugin import markers, settings, terminal
+from pytest_gputrain.plugin import cases, markers, settings, terminal
 
 
 def is_xdist_worker(config: pytest.Config) -> bool:
@@ -56,6 +56,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     try:
+        cases.raise_refused(config)
         markers.prepare(items)
     except pytest.UsageError as error:
         if not is_xdist_worker(config):
