@@ -1,4 +1,4 @@
-"""A training case: your loop taken apart into named functions. Here for a model of the transformers library."""
+"""A training case: your loop taken apart into named functions. The model is of the transformers library."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -10,7 +10,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from .errors import LaunchError, LaunchUsageError
+from .errors import LaunchError, LaunchUsageError, UnsupportedPlatform
 from .records import Cause, RankError, RankResult, Verdict
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "Launcher",
     "RankError",
     "RankResult",
+    "UnsupportedPlatform",
     "Verdict",
     "shutdown",
 ]

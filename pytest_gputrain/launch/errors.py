@@ -15,6 +15,10 @@ class LaunchUsageError(ValueError):
     """
 
 
+class UnsupportedPlatform(LaunchUsageError):
+    """Ranks cannot be started on this operating system; in pytest, tests that launch are skipped."""
+
+
 class LaunchError(AssertionError):
     """A launch that is not PASSED. ``str(error)`` is the whole failure text, the cause first.
 

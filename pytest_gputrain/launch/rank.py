@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from . import output, payload, process, stacks, wire
 
-DUMP_SIGNAL = signal.SIGRTMAX - 3
+DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 64) - 3  # macOS has no real-time signals, and no launches
 """Asks a rank for its stacks. A real-time signal, because scripts take SIGUSR1 for themselves."""
 
 

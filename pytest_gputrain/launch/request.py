@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..devices.inventory import discover
-from .errors import LaunchUsageError
+from .errors import LaunchUsageError, UnsupportedPlatform
 
 DEVICES = ("cpu", "cuda")
 BACKENDS = ("gloo", "nccl", "cpu:gloo,cuda:nccl")
@@ -140,8 +140,6 @@ def _module_exists(name: str) -> bool:
 
 
 def linux() -> None:
-    """Raises LaunchUsageError where ranks cannot be started."""
+    """Raises UnsupportedPlatform where ranks cannot be started."""
     if not sys.platform.startswith("linux"):
-        raise LaunchUsageError(
-            f"launching ranks needs Linux, this is {sys.platform!r}; tests that launch are skipped here"
-        )
+        raise UnsupportedPlatform(f"launching ranks needs Linux, this is {sys.platform!r}; run it there")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sysconfig
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from types import TracebackType
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
-_STDLIB = sysconfig.get_path("stdlib")
-_PURELIB = sysconfig.get_path("purelib")
+_STDLIB = str(Path(os.__file__).parent) + os.sep
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 
 # The Python frames under which a rank waits for others: collectives, stores, and backward, where the
 # reducer waits in C++ for its buckets.
@@ -84,7 +83,7 @@ def user_frame(frames: Sequence[Frame]) -> Frame | None:
     installed third-party library counts only if nothing else is left.
     """
     candidates = [frame for frame in frames if not _is_machinery(frame.file)]
-    own = [frame for frame in candidates if not frame.file.startswith(_PURELIB)]
+    own = [frame for frame in candidates if not _INSTALLED.search(frame.file)]
     return own[0] if own else candidates[0] if candidates else None
 
 
@@ -93,7 +92,7 @@ def in_collective(frames: Sequence[Frame]) -> bool:
     for frame in frames:
         if _COLLECTIVE.search(frame.file):
             return True
-        if not _is_machinery(frame.file) and not frame.file.startswith(_PURELIB):
+        if not _is_machinery(frame.file) and not _INSTALLED.search(frame.file):
             return False
     return False
 
@@ -114,6 +113,6 @@ def _is_machinery(file: str) -> bool:
         return True
     if file.startswith(_PACKAGE + "/trace/"):
         return True
-    if "/torch/" in file and (file.startswith(_PURELIB) or "-packages/torch/" in file):
+    if "-packages/torch/" in file:
         return True
-    return file.startswith(_STDLIB) and not file.startswith(_PURELIB)
+    return file.startswith(_STDLIB) and not _INSTALLED.search(file)

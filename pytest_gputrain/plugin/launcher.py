@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_gputrain.launch import LaunchDefaults, Launcher, LaunchError, LaunchUsageError, Verdict
+from pytest_gputrain.launch import (
+    LaunchDefaults,
+    Launcher,
+    LaunchError,
+    LaunchUsageError,
+    UnsupportedPlatform,
+    Verdict,
+)
 from pytest_gputrain.plugin.markers import SHORTAGE_PROPERTY
 from pytest_gputrain.plugin.settings import settings_of
 
@@ -63,6 +70,8 @@ class PytestLauncher(Launcher):
         __tracebackhide__ = True
         try:
             return launch(*args, **kwargs)
+        except UnsupportedPlatform as error:
+            pytest.skip(str(error))
         except LaunchUsageError as error:
             raise LauncherUsageError(str(error)) from None
         except LaunchError as error:

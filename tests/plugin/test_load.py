@@ -161,7 +161,7 @@ class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in ("pynvml", "fcntl", "resource", "termios", "pwd", "grp"):
             raise ModuleNotFoundError(name)
-import pytest  # itself loads what this platform has
+import psutil, pytest  # these load what this platform has
 for name in ("pynvml", "fcntl", "resource", "termios", "pwd", "grp"):
     sys.modules.pop(name, None)
 sys.meta_path.insert(0, Absent())
@@ -185,6 +185,10 @@ def test_loads_and_skips_where_there_is_no_linux_and_no_nvml(
 
         @pytest.mark.requires_gpus(1)
         def test_skips(): assert False
+
+        def test_launch_skips(ddp_launcher):
+            ddp_launcher(print)
+            assert False
         """
     )
     assert in_child(ELSEWHERE.format(platform=platform, path=str(path))) == 0

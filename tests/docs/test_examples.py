@@ -1,0 +1,90 @@
+"""The documentation's examples, run as a reader would run them; what the README shows is what happens."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
+README = (ROOT / "README.md").read_text()
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=EXAMPLES, env=environment(), timeout=240, check=False,
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "PYTEST_ADDOPTS": "",
+    }
+
+
+def pytest_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # "-c /dev/null": the project's own settings are not the reader's.
+    return run("pytest", "-c", "/dev/null", "-p", "pytest_gputrain", "-p", "no:cacheprovider", *arguments)
+
+
+def test_the_failure_that_the_readme_shows() -> None:
+    done = pytest_here("--rootdir=.", "test_uneven.py")
+    assert done.returncode == 1
+    shown = done.stdout.splitlines()
+    start = next(number for number, line in enumerate(shown) if line.startswith("HUNG after"))
+    assert "test_one_epoch" in shown[start - 1]  # nothing above the cause
+    for line in shown[start : start + 4]:
+        assert without_seconds(line) in without_seconds(README)
+
+
+def without_seconds(text: str) -> str:
+    return re.sub(r"after \d+\.\d s", "after N s", text)
+
+
+def test_the_program_that_the_readme_shows_is_the_one_that_runs() -> None:
+    program = (EXAMPLES / "test_uneven.py").read_text()
+    assert program[program.index("def train_one_epoch") :].strip() in README
+
+
+def test_the_tour() -> None:
+    done = pytest_here("--rootdir=.", "-rs", "test_tour.py")
+    assert done.returncode == 0, done.stdout
+    counts = dict(
+        reversed(found) for found in re.findall(r"(\d+) (passed|skipped)", done.stdout.splitlines()[-1])
+    )
+    assert counts["passed"] == "8", done.stdout
+    assert "needs 2 GPUs, found" in done.stdout
+
+
+def test_the_command_line_on_the_examples_case() -> None:
+    done = run("pytest_gputrain", "check", "my_cases:llama", "--checks", "gradients_arrive,optimizer_covers")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("2 passed, 0 failed, 0 skipped\n")
+
+
+def test_every_python_file_is_run_by_one_of_these() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "test_uneven.py",
+        "test_tour.py",
+        "my_cases.py",
+        "train.py",
+    }
+
+
+def test_the_readme_knows_the_options_and_the_checks() -> None:
+    from pytest_gputrain.checks import all_check_ids
+    from pytest_gputrain.plugin.settings import SETTINGS
+
+    for setting in SETTINGS:
+        assert setting.option in README
+        assert setting.variable in README
+    for check in all_check_ids():
+        assert f"`{check}`" in README
