@@ -39,6 +39,9 @@ def dump(members: Sequence[Member], folder: Path) -> None:
     time.sleep(0.02)  # faulthandler writes in pieces
     for member, path in asked:
         text = _answer(path)
+        if not text and process.is_stopped(member.pid or 0):
+            member.stacks = "stopped by a signal (SIGSTOP or a debugger), so it cannot say where it is"
+            continue
         member.stacks = stacks.last_dump(text)
         frames = stacks.main_thread(text)
         frame = stacks.user_frame(frames)

@@ -114,6 +114,13 @@ def exit_of(status: int) -> tuple[int | None, str | None]:
         return None, f"signal {-code}"
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal."""
+    with suppress(psutil.Error):
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    return False
+
+
 def cpu_ticks(pids: list[int]) -> dict[int, int]:
     """CPU time in clock ticks of each process together with everything below it; absent when it is gone.
 

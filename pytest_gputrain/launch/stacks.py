@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 
@@ -104,6 +106,13 @@ def error_location(tb: TracebackType | None) -> str | None:
     return str(frame) if frame else None
 
 
+@lru_cache(maxsize=1)
+def _torch_folder() -> str:
+    """Where torch is, without importing it; it may be a build in somebody's home."""
+    spec = importlib.util.find_spec("torch")
+    return str(Path(spec.origin).parent) + os.sep if spec and spec.origin else "/no/torch/"
+
+
 def _is_ours(file: str) -> bool:
     return file.startswith(_PACKAGE + "/launch/")
 
@@ -113,6 +122,6 @@ def _is_machinery(file: str) -> bool:
         return True
     if file.startswith(_PACKAGE + "/trace/"):
         return True
-    if "-packages/torch/" in file:
+    if file.startswith(_torch_folder()):
         return True
     return file.startswith(_STDLIB) and not _INSTALLED.search(file)

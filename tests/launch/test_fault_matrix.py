@@ -321,6 +321,7 @@ def test_a_rank_that_is_stopped_gets_a_verdict() -> None:
 
     result = run(program, timeout=2)
     assert result.verdict is Verdict.HUNG
+    assert "stopped by a signal" in result.ranks[1].stacks
 
 
 def test_the_group_timeout_of_a_user_is_a_hang_blamed_on_the_absent_rank() -> None:

@@ -66,7 +66,7 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 class Session:
     """A pytest process that hangs in a launch of two ranks, each with a grandchild in its own session."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *options: str) -> None:
         self.mark = uuid.uuid4().hex
         folder.mkdir()
         (folder / "test_hang.py").write_text(textwrap.dedent(TEST_FILE))
@@ -80,7 +80,15 @@ class Session:
         }
         root = Path(__file__).parents[2]
         environ["PYTHONPATH"] = str(root)
-        arguments = ["-p", "pytest_gputrain", "-p", "no:cacheprovider", "--disable-plugin-autoload", "-q"]
+        arguments = [
+            "-p",
+            "pytest_gputrain",
+            "-p",
+            "no:cacheprovider",
+            "--disable-plugin-autoload",
+            "-q",
+            *options,
+        ]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *arguments, f"--rootdir={folder}", str(folder)],
             env=environ, cwd=folder,
@@ -108,6 +116,17 @@ def test_sigkill_of_pytest(times: int, tmp_path: Path) -> None:
             assert wait_until(lambda s=session: not marked(s.mark), 10), marked(session.mark)  # type: ignore[misc]
             session.finish()
             assert not list(session.temporary.glob("gputrain-*"))
+
+
+def test_sigkill_of_an_xdist_worker(tmp_path: Path) -> None:
+    session = Session(tmp_path / "s", "-p", "xdist", "-n", "1", "--max-worker-restart=0")
+    session.wait_for_ranks()
+    workers = psutil.Process(session.process.pid).children()
+    next(worker for worker in workers if worker.children()).kill()
+    output = session.finish()
+    assert "crashed while running" in output
+    assert session.process.returncode == 1
+    assert wait_until(lambda: not marked(session.mark), 10), marked(session.mark)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -20,11 +20,11 @@ Thread 0x02 [worker] (most recent call first):
   File "/home/me/data.py", line 3 in load
 
 Current thread 0x01 [python] (most recent call first):
-  File "/env/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py", line 3252 in all_reduce
+  File "{torch}/distributed/distributed_c10d.py", line 3252 in all_reduce
   File "/home/me/train.py", line 57 in step
   File "{ours}/launch/rank.py", line 120 in run_function
   File "{ours}/launch/server.py", line 10 in main
-""".replace("{ours}", str(Path(stacks.__file__).parents[1]))
+""".replace("{ours}", str(Path(stacks.__file__).parents[1])).replace("{torch}", stacks._torch_folder()[:-1])
 
 
 def test_the_last_dump_is_read_down_to_this_package() -> None:
