@@ -47,16 +47,23 @@ def options(description: str | None, argv: Sequence[str] | None = None) -> Optio
 
 
 def interleave(
-    rivals: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1
+    rivals: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warm_up: int = 1,
+    repeats: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Run each rival once a round and return its seconds by round; ``warm_up`` rounds are not counted."""
+    """Run the rivals in turn, round by round, and return the seconds of each run.
+
+    Each runs once a round, or as often as ``repeats`` says; ``warm_up`` rounds are not counted.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(warm_up + rounds):
         for name, run in rivals.items():
-            start = time.perf_counter()
-            run()
-            if number >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+            for _ in range((repeats or {}).get(name, 1)):
+                start = time.perf_counter()
+                run()
+                if number >= warm_up:
+                    seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
@@ -68,10 +75,10 @@ def ratio(seconds: Mapping[str, list[float]], rival: str, ours: str) -> float:
 def table(seconds: Mapping[str, list[float]], ours: str | None = None) -> str:
     """Medians, extremes and, with ``ours``, each one's median as a multiple of that of ``ours``."""
     width = max(map(len, seconds))
-    lines = [f"{'':{width}}     median        min        max   runs" + ("     ratio" if ours else "")]
+    lines = [f"{'':{width}}       median          min          max   runs" + ("     ratio" if ours else "")]
     for rival, runs in seconds.items():
         cells = "".join(
-            f"{value * 1000:8.1f} ms" for value in (statistics.median(runs), min(runs), max(runs))
+            f"{value * 1000:10.1f} ms" for value in (statistics.median(runs), min(runs), max(runs))
         )
         times = f"{ratio(seconds, rival, ours):8.1f} x" if ours else ""
         lines.append(f"{rival:{width}}{cells}  {len(runs):5}{times}")

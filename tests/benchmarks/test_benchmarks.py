@@ -17,10 +17,18 @@ SECONDS = {"ours": [0.03, 0.02, 0.04], "rival": [3.0, 2.7, 3.3]}
 
 def test_table_shows_medians_and_ratios() -> None:
     assert _harness.table(SECONDS, "ours").splitlines() == [
-        "          median        min        max   runs     ratio",
-        "ours     30.0 ms    20.0 ms    40.0 ms      3     1.0 x",
-        "rival  3000.0 ms  2700.0 ms  3300.0 ms      3   100.0 x",
+        "            median          min          max   runs     ratio",
+        "ours       30.0 ms      20.0 ms      40.0 ms      3     1.0 x",
+        "rival    3000.0 ms    2700.0 ms    3300.0 ms      3   100.0 x",
     ]
+
+
+def test_rivals_run_in_turn() -> None:
+    order: list[str] = []
+    ways = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
+    seconds = _harness.interleave(ways, 2, warm_up=1, repeats={"a": 2})
+    assert "".join(order) == "aab" * 3
+    assert {name: len(runs) for name, runs in seconds.items()} == {"a": 4, "b": 2}
 
 
 def test_table_without_a_base_has_no_ratios() -> None:
