@@ -17,6 +17,8 @@ __all__ = ["CaseError", "LossReduction", "TrainingCase", "load_case"]
 
 LossReduction = Literal["mean", "sum", "token_mean"]
 Function = Callable[..., Any]
+# Any stands for "package.module:attribute": given as text, it is a function by the time it is read.
+Given = Function | Any
 
 # These may stay None: "not given" has a meaning of its own (a check is skipped, or a default is used).
 _OPTIONAL = ("num_targets", "parallelize", "set_checkpointing")
@@ -51,20 +53,20 @@ class TrainingCase:
     """
 
     name: str
-    model: Function | str
-    batch: Function | str
-    loss: Function | str
+    model: Given
+    batch: Given
+    loss: Given
     loss_reduction: LossReduction = "mean"
-    num_targets: Function | str | None = None
-    split: Function | str = defaults.split
-    optimizer: Function | str = defaults.optimizer
-    step: Function | str = defaults.UNBOUND_STEP
-    wrap: Function | str = defaults.wrap
-    compile: Function | str = defaults.compile_model
-    parallelize: Function | Mapping[str, Any] | str | None = None
-    set_checkpointing: Function | str | None = None
-    state_dict: Function | str = defaults.state_dict
-    batches: Function | str = defaults.UNBOUND_BATCHES
+    num_targets: Given | None = None
+    split: Given = defaults.split
+    optimizer: Given = defaults.optimizer
+    step: Given = defaults.UNBOUND_STEP
+    wrap: Given = defaults.wrap
+    compile: Given = defaults.compile_model
+    parallelize: Given | Mapping[str, Any] | None = None
+    set_checkpointing: Given | None = None
+    state_dict: Given = defaults.state_dict
+    batches: Given = defaults.UNBOUND_BATCHES
     expected_failures: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

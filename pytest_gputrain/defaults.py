@@ -71,12 +71,12 @@ def state_dict(model: Any) -> dict[str, Any]:
 class DefaultBatches:
     """Repeats ``batch`` for ever, on the CPU."""
 
-    batch: Callable[..., Any] | str | None = None
+    batch: Callable[..., Any] | None = None
 
     def __call__(self) -> Iterator[Any]:
         import torch
 
-        assert callable(self.batch)
+        assert self.batch is not None
         while True:
             yield self.batch(DEFAULT_STREAM_BATCH, torch.device("cpu"))
 
@@ -85,13 +85,13 @@ class DefaultBatches:
 class DefaultStep:
     """One optimizer step over the micro-batches, as a correct loop does it."""
 
-    loss: Callable[..., Any] | str | None = None
+    loss: Callable[..., Any] | None = None
     loss_reduction: str = "mean"
-    num_targets: Callable[..., Any] | str | None = None
+    num_targets: Callable[..., Any] | None = None
 
     def __call__(self, model: Any, optimizer: Any, micro_batches: Sequence[Any]) -> Any:
         """Returns the detached loss of this rank's micro-batches, in the loss's own reduction."""
-        assert callable(self.loss)
+        assert self.loss is not None
         shares = self._shares(micro_batches)
         scale = self._scale(micro_batches)
         optimizer.zero_grad(set_to_none=True)
@@ -115,7 +115,7 @@ class DefaultStep:
 
     def _weight(self, micro_batch: Any) -> float:
         if self.loss_reduction == "token_mean":
-            assert callable(self.num_targets)
+            assert self.num_targets is not None
             return float(self.num_targets(micro_batch))
         return float(pytree.batch_length(micro_batch) or 1)
 

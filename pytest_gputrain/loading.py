@@ -114,7 +114,9 @@ def user_line(error: BaseException) -> str | None:
     own = [frame for frame in frames if not any(mark in frame.filename for mark in _NOT_THE_USERS)]
     stdlib = str(Path(traceback.__file__).parent)
     own = [frame for frame in own if not frame.filename.startswith(stdlib)]
-    chosen = own[-1] if own else (frames[-1] if frames else None)
+    # A library's line says more than nothing, this package's says less.
+    foreign = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS[0])]
+    chosen = own[-1] if own else (foreign[-1] if foreign else None)
     return f"{chosen.filename}:{chosen.lineno}" if chosen else None
 
 

@@ -23,6 +23,15 @@ SHAKE = 0.05  # of a parameter's own size: enough to leave zero, far too little 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
 
 
+_NOT_REPEATED = (
+    "recomputation does not repeat forward: random state not preserved, a lambda bound late in the layer "
+    "loop, or state that forward changes"
+)
+_OTHER_FORWARD = (
+    "another forward runs: a lambda bound late in the layer loop, or random numbers drawn in another order"
+)
+
+
 @check("checkpointing_parity", subject="gradient flow")
 def check_checkpointing_parity(case: TrainingCase, ctx: CheckContext) -> Figures:
     """Fails when a gradient differs with checkpointing on, or when turning it on changes nothing."""
@@ -189,14 +198,10 @@ def _failure(
         "the loss is the same" if wanted.loss == got.loss else f"the loss too: {got.loss}, not {wanted.loss}"
     )
     how = "is missing" if got.gradients.get(name) is None else f"is off by {wrong[name]:.1%}"
-    likely = (
-        "recomputation does not repeat forward: random state not preserved, a lambda bound late in the layer "
-        "loop, or state that forward changes"
-        if wanted.loss == got.loss
-        else "another forward runs: a lambda bound late in the layer loop, or random numbers drawn in another order"
-    )
+    likely = _NOT_REPEATED if wanted.loss == got.loss else _OTHER_FORWARD
     message = (
-        f"gradients differ with checkpointing on ({label}): {len(wrong)} of {len(plain.parameters)} parameters "
-        f"in step {step}, worst {name} ({owned_by[name]}), which {how}; {forward}\n  likely: {likely}"
+        f"gradients differ with checkpointing on ({label}): {len(wrong)} of {len(plain.parameters)} "
+        f"parameters in step {step}, worst {name} ({owned_by[name]}), which {how}; "
+        f"{forward}\n  likely: {likely}"
     )
     return message, {"wrong": sorted(wrong), "step": step, "parameters": len(plain.parameters)}

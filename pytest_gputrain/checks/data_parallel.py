@@ -73,7 +73,8 @@ def _judge_lengths(ranks: list[_Progress]) -> None:
             for number, rank in enumerate(ranks)
         )
         raise CheckFailed(
-            f"ranks have different numbers of batches ({counts}): the others wait for ever in step {shortest}\n"
+            f"ranks have different numbers of batches ({counts}): the others wait for ever in step "
+            f"{shortest}\n"
             "  likely: a dataset that is not divisible by the world size; drop the last batches, or pad as "
             "DistributedSampler does"
         )
@@ -196,8 +197,8 @@ def _judge_pair(
     )
     if shared and len(mine) >= 3:
         raise CheckFailed(
-            f"{ranks} train on the same data in {', '.join(shared)} of the batch in every step; only the rest "
-            f"differs\n{_ADVICE}",
+            f"{ranks} train on the same data in {', '.join(shared)} of the batch in every step; only the "
+            f"rest differs\n{_ADVICE}",
             {**figures, "leaves": shared},
         )
 

@@ -113,8 +113,8 @@ def _judge(tracer: Any, seen: _Seen, steps: int, backwards: int) -> None:
         first = min(seen.broken.values())
         names = [name for name in trainable if name in seen.broken]
         raise CheckFailed(
-            f"{len(names)} of {total} trainable parameters got a NaN or infinite gradient, first in step {first}: "
-            f"{describe_missing(names, tracer.owners)}",
+            f"{len(names)} of {total} trainable parameters got a NaN or infinite gradient, first in step "
+            f"{first}: {describe_missing(names, tracer.owners)}",
             {"not_finite": names, "parameters": total, "steps": steps},
         )
     if not seen.nonzero:

@@ -41,7 +41,7 @@ class _Book:
     pushed: set[str] = field(default_factory=set)
     beyond_rounding: set[str] = field(default_factory=set)
     rates: dict[str, float] = field(default_factory=dict)
-    foreign: list[tuple[int, ...]] = field(default_factory=list)
+    outside: list[Any] = field(default_factory=list)
     updates: int = 0
     torch_updates: int = 0
 
@@ -56,7 +56,7 @@ class _Book:
             for parameter in group["params"]:
                 name = self.names.get(id(parameter))
                 if name is None:
-                    self.foreign.append(tuple(getattr(parameter, "shape", ())))
+                    self.outside.append(parameter)
                     continue
                 self.held.add(name)
                 rate = abs(float(group.get("lr", 1.0)))
@@ -138,6 +138,7 @@ def _watch(case: TrainingCase, ctx: CheckContext) -> Figures:
             take_step(case, model, optimizer, [batch], seed_for(ctx, steps))
         book.moved |= changed(before, book.parameters)
         steps += 1
+    _judge_hidden(model, book)
     return _judge(book, trainable, owners(model), steps)
 
 
@@ -177,16 +178,36 @@ def _judge(book: _Book, trainable: list[str], owned_by: dict[str, Any], steps: i
     stuck = [name for name in still if name in book.beyond_rounding or book.rates.get(name) == 0.0]
     if stuck:
         raise CheckFailed(
-            f"{len(stuck)} of {total} trainable parameters never moved in {steps} steps, though their gradient "
-            f"is not zero: {describe_missing(stuck, owned_by)}\n  likely: {_why_still(book, stuck)}",
+            f"{len(stuck)} of {total} trainable parameters never moved in {steps} steps, though their "
+            f"gradient is not zero: {describe_missing(stuck, owned_by)}\n  likely: {_why_still(book, stuck)}",
             {**figures, "stuck": stuck},
         )
     return {**figures, "lost_in_rounding": still, "notes": _notes(book, still)}
 
 
+def _judge_hidden(model: Any, book: _Book) -> None:
+    """A layer in a plain list computes and gets gradients, and nothing ever updates, moves or saves it."""
+    from pytest_gputrain.trace.names import hidden_parameters
+
+    held = {id(parameter) for parameter in book.outside}
+    trained = [
+        name
+        for name, parameter in hidden_parameters(model).items()
+        if parameter.grad is not None and id(parameter) not in held
+    ]
+    if trained:
+        shown = ", ".join(trained[:5]) + (f" and {len(trained) - 5} more" if len(trained) > 5 else "")
+        raise CheckFailed(
+            f"{len(trained)} parameters get gradients, but are not registered in the model and in no "
+            f"optimizer group: {shown}\n  likely: modules in a Python list or dict; use nn.ModuleList, "
+            "nn.ModuleDict or nn.ParameterList",
+            {"hidden": trained},
+        )
+
+
 def _why_missing(book: _Book, alien: list[str]) -> str:
     shapes = {tuple(book.parameters[name].shape) for name in alien}
-    if shapes & set(book.foreign):
+    if shapes & {tuple(parameter.shape) for parameter in book.outside}:
         return (
             "the optimizer holds other tensors of the same shape, which are not this model's: it was built "
             "over a copy, or before the model's modules were replaced"

@@ -6,6 +6,7 @@ Imports pytest only when it is used. At collection no model is built and no torc
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,8 +22,17 @@ if TYPE_CHECKING:
     import pytest
 
 
-class CheckError(Exception):
-    """A check could not judge: an error of the test, never taken for an expected failure."""
+@functools.cache
+def _failure() -> Any:
+    """What a failed check raises: of a type of its own, so that an xfail expects it and nothing else.
+
+    An unusable case, or a check that could not judge, is a plain failure, which no xfail expects.
+    """
+    import pytest
+
+    # pytest types its exception as a variable, so mypy cannot see the base class.
+    kind = type("CheckFailure", (pytest.fail.Exception,), {"__module__": "builtins"})
+    return kind
 
 
 @dataclass(frozen=True)
@@ -39,19 +49,20 @@ class BoundCheck:
     def __call__(self, case: TrainingCase | None = None, *, launcher: Any = None) -> CheckResult:
         import pytest
 
+        __tracebackhide__ = True
         chosen = case or self.case
         ctx = CheckContext(**{**vars(self.ctx), "launcher": launcher or self.ctx.launcher})
         try:
             preflight(chosen, ctx)
         except ValueError as error:
-            raise CheckError(str(error)) from None
+            pytest.fail(str(error), pytrace=False)
         result = get_check(self.id).function(chosen, ctx)
         if result.outcome == "skipped":
             pytest.skip(result.message)
         if result.outcome == "failed":
-            pytest.fail(str(result), pytrace=False)
+            raise _failure()(str(result), pytrace=False)
         if result.outcome == "error":
-            raise CheckError(str(result))
+            pytest.fail(str(result), pytrace=False)
         return result
 
     def __repr__(self) -> str:
@@ -109,7 +120,14 @@ def _row(check: BoundCheck, names: list[str]) -> Any:
     import pytest
 
     values = [check.case, check] if "case" in names else [check]
+    return pytest.param(*values, id=f"{check.case.name}-{check.id}", marks=expected_failure(check))
+
+
+def expected_failure(check: BoundCheck) -> list[Any]:
+    """A strict xfail where the case's author expects one: of the check's failure, not of an error before."""
+    import pytest
+
     reason = check.case.expected_failures.get(check.id)
-    # Only a failure of the check is expected, not an error on the way to it.
-    expected = pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason=reason or "")
-    return pytest.param(*values, id=f"{check.case.name}-{check.id}", marks=[expected] if reason else [])
+    if reason is None:
+        return []
+    return [pytest.mark.xfail(strict=True, raises=_failure(), reason=reason)]

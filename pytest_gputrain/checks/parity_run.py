@@ -10,6 +10,7 @@ from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.parity import ACCUMULATING_STEP, NUM_MICRO_BATCHES, STEPS, RankRun, StepFacts
 from pytest_gputrain.checks.peers import Peers, digests_of
+from pytest_gputrain.loading import describe
 from pytest_gputrain.trace.digest import value_digest
 from pytest_gputrain.trace.names import named_buffers, owners
 from pytest_gputrain.trace.steps import (
@@ -101,7 +102,7 @@ class _Run:
         try:
             parts = list(self.case.split(batch, NUM_MICRO_BATCHES))
         except Exception as error:
-            note = f"no step with {NUM_MICRO_BATCHES} micro-batches: split raised {type(error).__name__}: {error}"
+            note = f"no step with {NUM_MICRO_BATCHES} micro-batches: split raised {describe(error)}"
             self.report.notes.append(note)
             return [batch]
         return parts
@@ -134,9 +135,9 @@ class _Run:
         }
         for index, name in enumerate(self.parameters):
             agreed = [m for m in MOMENTS if not missing[m][index] and not deviating[m][index]]
-            # None on all ranks says little where another moment has a gradient (an optimizer inside backward).
+            # None on all ranks says little where another moment has one (an optimizer inside backward).
             telling = [m for m in agreed if digests[m][index] != "none"]
-            present = any(d != "none" for m in MOMENTS for d in [digests[m][index]])
+            present = any(digests[m][index] != "none" for m in MOMENTS)
             facts.synced[name] = next(iter(telling or ([] if present else agreed)), None)
             both = not missing[AFTER_BACKWARD][index] and not missing[AT_STEP][index]
             if both and digests[AFTER_BACKWARD][index] != digests[AT_STEP][index]:
@@ -193,8 +194,8 @@ class _Run:
                 "these parameters' gradients are not averaged over ranks: they are outside the wrapped model"
             )
         return (
-            "gradients are not averaged over ranks: wrap returns the bare model, or the step trains around the "
-            "wrapper (model.module(...))"
+            "gradients are not averaged over ranks: wrap returns the bare model, or the step trains around "
+            "the wrapper (model.module(...))"
         )
 
     def _save(self, what: str, step: int, tensors: Any) -> None:

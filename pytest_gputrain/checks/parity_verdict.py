@@ -130,8 +130,8 @@ class Verdicts:
         shaky = [name for name, distance in self.noise.items() if distance > NOT_REPEATABLE]
         if len(shaky) * 2 > len(self.noise):
             raise CheckUndecided(
-                f"the same step, batch and seed give gradients that differ by {max(self.noise.values()):.0%} in "
-                "one process; draw all randomness from torch's default generator"
+                f"the same step, batch and seed give gradients that differ by {max(self.noise.values()):.0%} "
+                "in one process; draw all randomness from torch's default generator"
             )
 
     def compare(
@@ -152,11 +152,11 @@ class Verdicts:
             return
         if expected is None:
             expected = torch.zeros_like(_wide(actual))
-        magnitude = average.magnitude[moment].get(name, expected)
+        magnitude: Any = average.magnitude[moment].get(name, expected)
         seen = torch.zeros_like(expected) if actual is None else _wide(actual)
         kind = actual.dtype if actual is not None else expected.dtype
-        factor = self.factor if factor is None else factor
-        deviation = self._deviation(name, seen, expected * factor, magnitude * factor, kind, actual is None)
+        times = self.factor if factor is None else factor
+        deviation = self._deviation(name, seen, expected * times, magnitude * times, kind, actual is None)
         size = max(float(magnitude.norm()), float(seen.norm()))
         if 0 < size < float("inf"):  # neither zero everywhere nor overflown
             into.compared += 1
@@ -237,8 +237,8 @@ class Verdicts:
         if what == "gradients" and all(_is_factor(deviation, ratio) for deviation in wrong):
             names = "" if len(wrong) == comparison.compared else f": {self._named(wrong)}"
             return (
-                f"{at}gradients are {ratio:.3f} x the single-process reference on every rank ({counted}) {when}"
-                f"{names}\n  likely: {self._why_factor(ratio)}"
+                f"{at}gradients are {ratio:.3f} x the single-process reference on every rank ({counted}) "
+                f"{when}{names}\n  likely: {self._why_factor(ratio)}"
             )
         return (
             f"{at}{what} differ from the single-process reference on every rank ({counted}) {when}: "

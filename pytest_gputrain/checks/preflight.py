@@ -61,6 +61,8 @@ def _try(case: TrainingCase, ctx: CheckContext) -> str | None:
         seed_everything(ctx.seed)
         try:
             made[name] = call()
+        except CaseError as error:  # a function given by name that is not there
+            return f"case {case.name!r}: {error}"
         except Exception as error:
             return f"case {case.name!r}: {name}() raised {describe(error)}; {_WAY_OUT[name]}"
     if not isinstance(made["model"], nn.Module):

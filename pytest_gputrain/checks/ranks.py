@@ -47,6 +47,7 @@ def on_ranks(
     PASSED, its cause first; CheckUndecided when the check's own code raised; whatever a body raised of
     CheckOutcome.
     """
+    _require_gpus(ctx, world_size)
     result = _launcher(ctx)(
         _enter,
         body,
@@ -69,6 +70,15 @@ def on_ranks(
 def alone(body: RankBody, case: TrainingCase, ctx: CheckContext, *args: Any, doing: str) -> Any:
     """``body(case, ctx, *args)`` in one process of its own; returns its value. Raises as ``on_ranks``."""
     return on_ranks(body, case, ctx, *args, world_size=1, doing=doing)[0]
+
+
+def _require_gpus(ctx: CheckContext, world_size: int) -> None:
+    if ctx.device != "cuda":
+        return
+    from pytest_gputrain.devices import shortage
+
+    if lack := shortage(world_size):
+        raise CheckSkipped(lack)
 
 
 def _launcher(ctx: CheckContext) -> Any:

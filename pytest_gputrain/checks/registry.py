@@ -50,14 +50,21 @@ def check(check_id: str, *, subject: str) -> Callable[[_Body], CheckFunction]:
     """Register a body that returns its figures, or raises a CheckOutcome, as a check that never raises."""
 
     def decorate(body: _Body) -> CheckFunction:
-        @functools.wraps(body)
-        def run(case: TrainingCase, ctx: CheckContext) -> CheckResult:
-            return _run(check_id, body, case, ctx)
-
-        _CHECKS[check_id] = Check(check_id, subject, run)
-        return run
+        function = as_check(check_id, body)
+        _CHECKS[check_id] = Check(check_id, subject, function)
+        return function
 
     return decorate
+
+
+def as_check(check_id: str, body: _Body) -> CheckFunction:
+    """The body as a check: whatever it raises becomes a result."""
+
+    @functools.wraps(body)
+    def run(case: TrainingCase, ctx: CheckContext) -> CheckResult:
+        return _run(check_id, body, case, ctx)
+
+    return run
 
 
 def all_check_ids() -> list[str]:

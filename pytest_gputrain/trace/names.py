@@ -47,6 +47,33 @@ def named_buffers(model: Any) -> dict[str, Any]:
     return {canonical_name(name): buffer for name, buffer in inner_model(model).named_buffers()}
 
 
+def hidden_parameters(model: Any) -> dict[str, Any]:
+    """Parameters that modules keep where torch does not look: in lists, tuples and dicts."""
+    from torch import nn
+
+    inner = inner_model(model)
+    registered = {id(parameter) for parameter in inner.parameters()}
+    found: dict[str, Any] = {}
+
+    def search(value: Any, path: str, depth: int) -> None:
+        if isinstance(value, nn.Parameter):
+            if id(value) not in registered:
+                found.setdefault(path, value)
+        elif isinstance(value, nn.Module):
+            for name, parameter in value.named_parameters(prefix=path):
+                if id(parameter) not in registered:
+                    found.setdefault(name, parameter)
+        elif isinstance(value, list | tuple | dict) and depth:
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                search(item, f"{path}[{key!r}]", depth - 1)
+
+    for module_name, module in inner.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, list | tuple | dict) and not name.startswith("_"):
+                search(value, f"{module_name}.{name}".lstrip("."), 2)
+    return found
+
+
 def owners(model: Any) -> dict[str, Owner]:
     """The owning module of every parameter, by the parameter's name."""
     found: dict[str, Owner] = {}

@@ -33,5 +33,5 @@ def count_work() -> Iterator[Work]:
             work.operations += 1
             return function(*args, **(kwargs or {}))
 
-    with Counter():
+    with Counter():  # type: ignore[no-untyped-call]
         yield work

@@ -154,6 +154,20 @@ def head_in_two_optimizers() -> TrainingCase:
     return case("head_in_two_optimizers", optimizer=TwoOptimizers)
 
 
+class HiddenLayers(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = [nn.Linear(WIDTH, WIDTH)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.more[0](x))
+
+
+@broken({"optimizer_covers": "not registered in the model and in no optimizer group: more[0].weight"})
+def layers_in_a_plain_list() -> TrainingCase:
+    return case("layers_in_a_plain_list", model=HiddenLayers)
+
+
 class CheckpointedNet(Net):
     """Checkpointing done right; the broken ones below change one thing."""
 

@@ -102,7 +102,9 @@ class StaticGraphChanges(Net):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         if self.calls > 2:
-            return self.head(self.blocks[0](x))
+            x = self.blocks[0](x)
+            out: Tensor = self.head(x)
+            return out
         return super().forward(x)
 
 
@@ -277,7 +279,8 @@ def one_small_parameter_not_reduced() -> TrainingCase:
 class FirstRankOnly(ByHand):
     def finish(self) -> None:
         for parameter in self.module.parameters():
-            dist.broadcast(parameter.grad, 0)
+            if parameter.grad is not None:
+                dist.broadcast(parameter.grad, 0)
 
 
 @broken({"ddp_parity": "gradients differ from the single-process reference"})
@@ -407,3 +410,91 @@ def average_of_token_means() -> TrainingCase:
         num_targets=num_targets,
         step=plain_average_step,
     )
+
+
+class Margin(nn.Module):
+    """A loss with weights of its own, as metric learning has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        self.centres = nn.Parameter(torch.randn(4, 4, generator=generator))
+
+    def forward(self, model: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch["x"]) @ self.centres, batch["y"])
+
+
+def margin_case(name: str, *, reduce: bool = False) -> TrainingCase:
+    margin = Margin()
+
+    def optimizer(model: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([*model.parameters(), *margin.parameters()], lr=1e-3)
+
+    def step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+        optimizer.zero_grad()
+        value: Tensor = margin(model, micro_batches[0])
+        value.backward()
+        if reduce and margin.centres.grad is not None:
+            dist.all_reduce(margin.centres.grad)
+            margin.centres.grad /= dist.get_world_size()
+        optimizer.step()
+        return value.detach()
+
+    return case(name, loss=margin, optimizer=optimizer, step=step)
+
+
+@broken({"ddp_parity": "(outside the model)"})
+def loss_weights_outside_the_wrapper() -> TrainingCase:
+    return margin_case("loss_weights_outside_the_wrapper")
+
+
+def typed_by_rank() -> nn.Module:
+    return Net().double() if rank() == 1 else Net()
+
+
+def any_type_loss(model: Any, batch: Any) -> Tensor:
+    kind = next(model.parameters()).dtype
+    return F.cross_entropy(model(batch["x"].to(kind)), batch["y"])
+
+
+@broken({"ddp_completes": ""}, may_fail=("ddp_parity",), timeout=HANG)
+def mismatched_dtype() -> TrainingCase:
+    return case("mismatched_dtype", model=typed_by_rank, loss=any_type_loss)
+
+
+def clips_too_early_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+    optimizer.zero_grad()
+    value = loss(model, micro_batches[0])
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    if hasattr(model, "finish"):
+        model.finish()
+    optimizer.step()
+    return value.detach()
+
+
+@broken({"ddp_parity": "at the optimizer step, gradients"})
+def clips_before_it_averages() -> TrainingCase:
+    return case("clips_before_it_averages", wrap=ByHand, step=clips_too_early_step)
+
+
+class SkipsOnRank:
+    """One rank leaves a bad batch out without telling the others, at the fourth step."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor | None:
+        self.steps += 1
+        if rank() == 1 and self.steps == 4:
+            return None
+        optimizer.zero_grad()
+        value = loss(model, micro_batches[0])
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+
+@broken({"ddp_completes": "HUNG"}, may_fail=("ddp_parity",), timeout=HANG)
+def one_rank_skips_a_batch() -> TrainingCase:
+    return case("one_rank_skips_a_batch", step=SkipsOnRank())

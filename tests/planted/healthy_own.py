@@ -10,7 +10,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -20,16 +19,16 @@ from tests.planted.broken_data import dataset
 from tests.planted.broken_gradients import CheckpointedNet, turn_on
 from tests.planted.broken_parallel import (
     ByHand,
-    around_the_wrapper,
     by_hand_step,
     clipping_step,
     find_unused,
+    margin_case,
     num_targets,
     ragged_draw,
     static,
     token_loss,
 )
-from tests.planted.plant import WIDTH, Block, Net, case, draw, healthy, loss
+from tests.planted.plant import WIDTH, Block, Net, case, healthy, loss
 
 
 @healthy
@@ -299,7 +298,7 @@ def gathered(x: Tensor) -> Tensor:
         return x
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(x))  # type: ignore[no-untyped-call]
+    return torch.cat(all_gather(x))
 
 
 def gathered_contrastive_loss(model: Any, batch: Any) -> Tensor:
@@ -315,6 +314,9 @@ def contrastive_across_ranks() -> TrainingCase:
 
 def sharded_state(model: Any) -> Any:
     if dist.is_initialized() and dist.get_world_size() > 1:
+        # Imported here: it warns, and this suite turns warnings into errors.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
         return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
@@ -384,7 +386,8 @@ class Adversaries(nn.Module):
 
     def forward(self, x: Tensor, part: str) -> Tensor:
         made = self.generator(x)
-        return self.critic(made.detach() if part == "critic" else made)
+        out: Tensor = self.critic(made.detach() if part == "critic" else made)
+        return out
 
 
 def adversaries(model: Any) -> list[Any]:
@@ -443,4 +446,151 @@ def step_that_looks_at_the_model() -> TrainingCase:
     return case("step_that_looks_at_the_model", step=isinstance_step)
 
 
-__all__ = ["around_the_wrapper", "draw"]
+@healthy
+def loss_weights_averaged_by_hand() -> TrainingCase:
+    return margin_case("loss_weights_averaged_by_hand", reduce=True)
+
+
+def closure_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+    """As Lightning does: the optimizer calls back for the gradients."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model, micro_batches[0])
+        value.backward()
+        return value
+
+    value: Tensor = optimizer.step(closure)
+    return value.detach()
+
+
+@healthy
+def closure_in_the_optimizer() -> TrainingCase:
+    return case("closure_in_the_optimizer", step=closure_step)
+
+
+def quasi_newton(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+
+@healthy
+def quasi_newton_optimizer() -> TrainingCase:
+    return case("quasi_newton_optimizer", optimizer=quasi_newton, step=closure_step)
+
+
+class ScaledStep:
+    """A loss scaler, whose gradients are unscaled, then clipped, between backward and the optimizer."""
+
+    def __init__(self) -> None:
+        self.scaler: Any = None
+
+    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+        self.scaler = self.scaler or torch.amp.GradScaler("cpu", init_scale=1024.0)
+        optimizer.zero_grad()
+        value = loss(model, micro_batches[0])
+        self.scaler.scale(value).backward()
+        self.scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return value.detach()
+
+
+@healthy
+def loss_scaler() -> TrainingCase:
+    return case("loss_scaler", step=ScaledStep())
+
+
+class SparseTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, WIDTH, sparse=True)
+        self.head = nn.Linear(WIDTH, 32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embedding(tokens))
+        return out
+
+
+def sparse_sgd(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@healthy
+def sparse_gradients() -> TrainingCase:
+    return case(
+        "sparse_gradients", model=SparseTokens, batch=token_draw, loss=next_token_loss, optimizer=sparse_sgd
+    )
+
+
+class Student(nn.Module):
+    """With a frozen teacher that follows it, and a count that forward keeps."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = Net(), Net().requires_grad_(False)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        with torch.no_grad():
+            target = self.teacher(x)
+        difference: Tensor = self.student(x + 0.1) - target
+        return difference
+
+    def follow(self) -> None:
+        for mine, theirs in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            mine.data.lerp_(theirs.data, 0.1)
+
+
+def student_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+    optimizer.zero_grad()
+    value: Tensor = model(micro_batches[0]["x"]).square().mean()
+    value.backward()
+    optimizer.step()
+    model.module.follow()
+    return value.detach()
+
+
+@healthy
+def teacher_that_follows() -> TrainingCase:
+    return case("teacher_that_follows", model=Student, step=student_step)
+
+
+class Spectrum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(WIDTH // 2 + 1, dtype=torch.complex64) * 0.1 + 1)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(torch.fft.irfft(torch.fft.rfft(x) * self.filter, n=WIDTH))
+        return out
+
+
+@healthy
+def complex_parameters() -> TrainingCase:
+    return case("complex_parameters", model=Spectrum)
+
+
+class Adversary(Net):
+    """Recurrent, with a weight norm, a buffer that forward makes, and a print: all of it legitimate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.GRU(WIDTH, WIDTH, batch_first=True)
+        self.head = torch.nn.utils.parametrizations.weight_norm(self.head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.register_buffer("last", x.detach().mean(), persistent=False)
+        print("forward", tuple(x.shape))
+        out, _ = self.recurrent(x[:, None].expand(-1, 3, -1))
+        return super().forward(x + out[:, -1])
+
+
+@healthy
+def recurrent_and_talkative() -> TrainingCase:
+    return case("recurrent_and_talkative", model=Adversary)

@@ -1,0 +1,69 @@
+"""Every broken program is caught, with the right words; every healthy one is left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import pytest
+
+from pytest_gputrain.checks import CheckResult, all_check_ids, registry, run_checks
+from pytest_gputrain.launch import LaunchDefaults, Launcher
+from tests.planted import BROKEN, HEALTHY, Plant
+
+# Nothing in these programs computes for seconds: a rank without a sign of life for so long waits for ever.
+STALL = 5.0
+MINUTES = ("gpt2", "llama", "bert", "reference_opt", "reference_gpt", "conditional_collective")
+
+
+def params(plants: Iterable[Plant]) -> list[object]:
+    slow = pytest.mark.slow
+    return [pytest.param(p, id=p.name, marks=[slow] if p.name in MINUTES else []) for p in plants]
+
+
+def run(plant: Plant, checks: Iterable[str]) -> list[CheckResult]:
+    launcher = Launcher(defaults=LaunchDefaults(timeout=plant.timeout, stall=STALL))
+    return run_checks(plant.case(), checks=list(checks), launcher=launcher)
+
+
+def verify(plant: Plant, results: Iterable[CheckResult]) -> None:
+    """What the plant says of itself, against what the checks say of it."""
+    for result in results:
+        if result.check in plant.fails:
+            assert result.outcome == "failed", str(result)
+            assert plant.fails[result.check] in result.message, str(result)
+        elif result.check not in plant.may_fail:
+            assert result.outcome in ("passed", "skipped"), str(result)
+
+
+@pytest.mark.parametrize("plant", params(BROKEN))
+def test_broken_program_is_caught(plant: Plant) -> None:
+    verify(plant, run(plant, plant.fails))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", params(BROKEN))
+def test_broken_program_trips_no_other_check(plant: Plant) -> None:
+    others = [check for check in all_check_ids() if check not in plant.fails]
+    verify(plant, run(plant, others))
+
+
+@pytest.mark.parametrize("plant", params(HEALTHY))
+def test_healthy_program_is_left_alone(plant: Plant) -> None:
+    verify(plant, run(plant, all_check_ids()))
+
+
+def test_there_are_enough_of_each() -> None:
+    assert len(BROKEN) >= 12
+    assert len(HEALTHY) >= 8
+    assert {check for plant in BROKEN for check in plant.fails} == set(all_check_ids())
+
+
+@pytest.mark.parametrize("check_id", all_check_ids())
+def test_emptying_a_check_is_noticed(check_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant = next(p for p in BROKEN if check_id in p.fails and p.name not in MINUTES)
+    check = registry.get_check(check_id)
+    emptied = registry.as_check(check_id, lambda case, ctx: {})
+    monkeypatch.setitem(registry._CHECKS, check_id, dataclasses.replace(check, function=emptied))
+    with pytest.raises(AssertionError, match="PASSED"):
+        verify(plant, run(plant, [check_id]))
