@@ -76,6 +76,15 @@ def take_place(parent: int, folder: Path, rank: int, environ: Mapping[str, str],
     os.environ.update(environ)
     if cwd is not None:
         os.chdir(cwd)
+    _new_randomness()
+
+
+def _new_randomness() -> None:
+    """Unseeded generators as in a new process: forked as they are, every rank would draw the same numbers."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.default_generator.seed()
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed()
 
 
 def _reset_signals() -> None:

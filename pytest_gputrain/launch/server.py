@@ -19,10 +19,11 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import output, process, rank, wire
+from . import output, pages, process, rank, wire
 
 _ORPHAN_CHECK = 1.0  # seconds between looks at the parent, for owners whose socket a forked child keeps open
 
@@ -48,8 +49,12 @@ class Server:
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(wake_read, selectors.EVENT_READ)
+            spare_time: Iterator[None] | None = pages.collapse()
             while os.getppid() == self._owner:
-                for key, _ in selector.select(_ORPHAN_CHECK):
+                ready = selector.select(0 if spare_time else _ORPHAN_CHECK)
+                if not ready and spare_time and next(spare_time, self) is self:
+                    spare_time = None
+                for key, _ in ready:
                     if key.fileobj is self._control:
                         if not self._reader.read(max_fds=512):
                             return self._clean_up()

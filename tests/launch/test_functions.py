@@ -145,6 +145,20 @@ def test_each_launch_is_fresh() -> None:
     assert first[2] != second[2]
 
 
+def test_unseeded_numbers_differ_between_ranks_and_launches() -> None:
+    def program() -> Any:
+        import random
+
+        import numpy
+        import torch
+
+        return torch.initial_seed(), float(torch.rand(1)), float(numpy.random.rand()), random.random()
+
+    drawn = [values for _ in range(2) for values in launch(program).values]
+    for numbers in zip(*drawn, strict=True):
+        assert len(set(numbers)) == 4
+
+
 def test_tensors_and_parameters_come_back() -> None:
     def program() -> Any:
         import torch
