@@ -71,6 +71,8 @@ class Supervision:
             for far in theirs:
                 far.close()
         self._start = time.monotonic()
+        for member in self.members:  # the clock starts here: importing torch is no rank standing still
+            member.last_moved = self._start
 
     def _watch(self, sock: socket.socket, member: Member) -> None:
         sock.setblocking(False)

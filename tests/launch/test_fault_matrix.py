@@ -194,6 +194,13 @@ def test_no_progress_for_stall_seconds_is_hung() -> None:
     assert result.verdict is Verdict.HUNG
 
 
+def test_starting_the_fork_server_is_not_standing_still() -> None:
+    def program() -> None:
+        time.sleep(0.2)
+
+    assert run(program, stall=0.5, env={"PYTHONHASHSEED": "77"}).passed  # a server of its own
+
+
 def test_one_rank_skips_while_another_fails() -> None:
     def program() -> None:
         if is_rank(0):
