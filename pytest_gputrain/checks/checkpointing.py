@@ -148,7 +148,7 @@ def _shake(trainer: _Trainer, ctx: CheckContext, step: int) -> None:
 
 def _distances(expected: dict[str, Any], seen: dict[str, Any]) -> dict[str, float]:
     """By name, the norm of the difference over the norm of the gradient; missing on one side only is 1."""
-    from pytest_gputrain.checks.parity_verdict import distance
+    from pytest_gputrain.checks.averages import distance
 
     return {name: distance(expected.get(name), seen.get(name)) for name in {**expected, **seen}}
 

@@ -21,7 +21,7 @@ from pytest_gputrain.checks.result import CheckFailed, Figures
 # An unused parameter shows in the second step, a changed static graph in the one where it changes.
 MAX_STEPS = 6
 # Beyond the steps taken, a stream is only counted, to see whether all ranks have as many batches.
-MAX_COUNTED, COUNTING_SECONDS = 200, 2.0
+MAX_COUNTED, COUNTING_SECONDS = 5000, 2.0
 
 
 @check("ddp_completes", subject="data parallel")

@@ -6,8 +6,6 @@ whether an update is right, only that there is one.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +37,7 @@ class _Book:
     moved: set[str] = field(default_factory=set)
     moved_in_update: set[str] = field(default_factory=set)
     pushed: set[str] = field(default_factory=set)
+    cleared: set[str] = field(default_factory=set)
     beyond_rounding: set[str] = field(default_factory=set)
     rates: dict[str, float] = field(default_factory=dict)
     outside: list[Any] = field(default_factory=list)
@@ -48,7 +47,12 @@ class _Book:
     def __post_init__(self) -> None:
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._before: dict[str, Any] = {}
+        self._updating = False
         self._holders: dict[str, dict[int, str]] = {}
+
+    def begin_step(self) -> None:
+        """Two optimizers may take turns from step to step; in one step they may not both hold a parameter."""
+        self._holders.clear()
 
     def hold(self, optimizer: Any) -> None:
         """What one optimizer has in its groups; with a name for the message if it has one twice."""
@@ -63,7 +67,7 @@ class _Book:
                 self.rates[name] = max(rate, self.rates.get(name, 0.0))
 
     def before_update(self, optimizer: Any, held: list[Any] | None) -> None:
-        self._before = snapshot(self.parameters)
+        self._before, self._updating = snapshot(self.parameters), True
         if held is None:
             names = list(self.parameters)
         else:
@@ -76,7 +80,18 @@ class _Book:
 
     def after_update(self, optimizer: Any, held: list[Any] | None) -> None:
         self.updates += 1
+        self._updating = False
         self.moved_in_update |= changed(self._before, self.parameters)
+
+    def after_backward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around a backward pass: which gradients there are before anybody can clear them."""
+        outcome = original(*args, **kwargs)
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and bool((parameter.grad.detach() != 0).any()):
+                self.cleared.add(name)
+                if self._updating:  # a closure: the optimizer calls back for its gradients
+                    self.pushed.add(name)
+        return outcome
 
     def _count_holders(self, optimizer: Any, names: list[str]) -> None:
         for name in dict.fromkeys(names):
@@ -120,6 +135,7 @@ def _watch(case: TrainingCase, ctx: CheckContext) -> Figures:
     from pytest_gputrain.checks.session import build_alone, draw_batch, seed_for, take_step
     from pytest_gputrain.trace.names import named_parameters, owners
     from pytest_gputrain.trace.optimizers import OptimizerWatch, optimizers_in
+    from pytest_gputrain.trace.steps import patched_backward
 
     model = build_alone(case, ctx)
     optimizer = case.optimizer(model)
@@ -131,22 +147,14 @@ def _watch(case: TrainingCase, ctx: CheckContext) -> Figures:
     while steps < STEPS or (book.updates < STEPS and steps < PATIENT_STEPS):
         batch = draw_batch(case, ctx, steps)
         before = snapshot(book.parameters)
-        with (
-            OptimizerWatch(optimizer, book.before_update, book.after_update),
-            _no_duplicates_over_steps(book),
-        ):
+        book.begin_step()
+        watch = OptimizerWatch(optimizer, book.before_update, book.after_update)
+        with watch, patched_backward(book.after_backward):
             take_step(case, model, optimizer, [batch], seed_for(ctx, steps))
         book.moved |= changed(before, book.parameters)
         steps += 1
     _judge_hidden(model, book)
     return _judge(book, trainable, owners(model), steps)
-
-
-@contextlib.contextmanager
-def _no_duplicates_over_steps(book: _Book) -> Iterator[None]:
-    """Two optimizers may take turns from step to step; in one step they may not both hold a parameter."""
-    book._holders.clear()
-    yield
 
 
 def _judge(book: _Book, trainable: list[str], owned_by: dict[str, Any], steps: int) -> Figures:
@@ -165,6 +173,12 @@ def _judge(book: _Book, trainable: list[str], owned_by: dict[str, Any], steps: i
             f"{len(alien)} of {total} trainable parameters are in no optimizer group: "
             f"{describe_missing(alien, owned_by)}\n  likely: {_why_missing(book, alien)}",
             {**figures, "missing": alien},
+        )
+    if book.updates and book.cleared and not book.pushed:
+        raise CheckFailed(
+            f"gradients arrive in {steps} steps, but every one is cleared before the optimizer steps\n"
+            "  likely: zero_grad() between backward() and optimizer.step()",
+            figures,
         )
     twice = [name for name in trainable if name in book.twice]
     if twice:
@@ -198,7 +212,7 @@ def _judge_hidden(model: Any, book: _Book) -> None:
     if trained:
         shown = ", ".join(trained[:5]) + (f" and {len(trained) - 5} more" if len(trained) > 5 else "")
         raise CheckFailed(
-            f"{len(trained)} parameters get gradients, but are not registered in the model and in no "
+            f"{len(trained)} parameter(s) get gradients, but are not registered in the model and in no "
             f"optimizer group: {shown}\n  likely: modules in a Python list or dict; use nn.ModuleList, "
             "nn.ModuleDict or nn.ParameterList",
             {"hidden": trained},

@@ -11,10 +11,11 @@ from typing import Any
 
 from pytest_gputrain import pytree
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.checks.averages import Average, distance
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.parity import RankRun
 from pytest_gputrain.checks.parity_replay import Replay, Replica, Tensors, read
-from pytest_gputrain.checks.parity_verdict import Average, Comparison, Verdicts, distance
+from pytest_gputrain.checks.parity_verdict import Comparison, Verdicts
 from pytest_gputrain.checks.result import CheckUndecided, Figures
 from pytest_gputrain.trace.names import owners
 from pytest_gputrain.trace.steps import AFTER_BACKWARD, AT_STEP, StepRecord

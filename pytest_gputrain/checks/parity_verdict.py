@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pytest_gputrain.checks.averages import Average, wide
 from pytest_gputrain.checks.result import CheckFailed, CheckUndecided, Figures
 from pytest_gputrain.trace.names import Owner
-from pytest_gputrain.trace.steps import MOMENTS
-
-Tensors = dict[str, Any]
 
 # Relative to the ranks' gradients. Averages are sums in another order, so a few roundings; anything that is
 # wrong (a factor, a missing rank) is off by tens of percent.
@@ -22,66 +19,6 @@ COMPRESSION = 2.0**-7
 COMPRESSION_UNDERFLOW = 6e-8  # smallest float16
 NOT_REPEATABLE = 0.05
 SAME_FACTOR = 0.02
-
-
-class Average:
-    """The weighted sum of the ranks' gradients, and of their sizes, at each moment."""
-
-    def __init__(self, weights: Sequence[float]) -> None:
-        self.weights = list(weights)
-        self.total: dict[str, Tensors] = {moment: {} for moment in MOMENTS}
-        self.plain: Tensors = {}
-        self.magnitude: dict[str, Tensors] = {moment: {} for moment in MOMENTS}
-        self._added = 0
-
-    def add(self, gradients: dict[str, Tensors]) -> None:
-        """The next rank's gradients."""
-        weight = self.weights[self._added]
-        self._added += 1
-        for moment in MOMENTS:
-            for name, gradient in gradients[moment].items():
-                if gradient is None:
-                    continue  # a parameter that this rank does not use counts as zero
-                wide = _wide(gradient)
-                _accumulate(self.total[moment], name, wide * weight)
-                _accumulate(self.magnitude[moment], name, wide.abs() * weight)
-
-    def at(self, name: str, moment: str, *, like: Any) -> Any:
-        total = self.total[moment].get(name)
-        if total is None:
-            return None
-        import torch
-
-        narrow = torch.view_as_complex(total) if like.is_complex() else total
-        return narrow.to(like.dtype)
-
-
-def _wide(tensor: Any) -> Any:
-    """In a type that sums of halves do not lose digits in."""
-    import torch
-
-    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return real if real.dtype == torch.float64 else real.float()
-
-
-def _accumulate(into: Tensors, name: str, value: Any) -> None:
-    into[name] = into[name] + value if name in into else value
-
-
-def distance(one: Any, other: Any) -> float:
-    """Norm of the difference over the norm of the first; a gradient on one side only is 1, unless zero."""
-    import torch
-
-    if one is None or other is None:
-        present = other if one is None else one
-        return 0.0 if present is None or not bool((present != 0).any()) else 1.0
-    if torch.equal(one, other):
-        return 0.0
-    wanted, got = _wide(one).double(), _wide(other).double()
-    if not bool((torch.isfinite(wanted) & torch.isfinite(got)).all()):
-        return 0.0 if bool((torch.isfinite(wanted) == torch.isfinite(got)).all()) else float("inf")
-    size = float(wanted.norm())
-    return float((got - wanted).norm()) / size if size else float("inf")
 
 
 @dataclass(frozen=True)
@@ -151,9 +88,9 @@ class Verdicts:
         if expected is None and actual is None:
             return
         if expected is None:
-            expected = torch.zeros_like(_wide(actual))
+            expected = torch.zeros_like(wide(actual))
         magnitude: Any = average.magnitude[moment].get(name, expected)
-        seen = torch.zeros_like(expected) if actual is None else _wide(actual)
+        seen = torch.zeros_like(expected) if actual is None else wide(actual)
         kind = actual.dtype if actual is not None else expected.dtype
         times = self.factor if factor is None else factor
         deviation = self._deviation(name, seen, expected * times, magnitude * times, kind, actual is None)

@@ -67,9 +67,10 @@ def hidden_parameters(model: Any) -> dict[str, Any]:
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 search(item, f"{path}[{key!r}]", depth - 1)
 
+    torchs_own = set(vars(nn.Module()))
     for module_name, module in inner.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, list | tuple | dict) and not name.startswith("_"):
+            if isinstance(value, list | tuple | dict) and name not in torchs_own:
                 search(value, f"{module_name}.{name}".lstrip("."), 2)
     return found
 

@@ -69,7 +69,7 @@ class StepRecorder:
     def step(self) -> Iterator[StepRecord]:
         self._record, self._latest, self._clipped = StepRecord(), {}, {}
         watch = OptimizerWatch(self.optimizer, self._before_update, self._after_update)
-        with _patched_backward(self._backward), _patched_norm(self._before_clip), watch:
+        with patched_backward(self._backward), _patched_norm(self._before_clip), watch:
             yield self._record
         seen = self._record.gradients
         for name, gradient in self._latest.items():
@@ -160,7 +160,7 @@ def learning_rates(optimizer: Any) -> list[list[float]]:
 
 
 @contextlib.contextmanager
-def _patched_backward(around: Callable[..., Any]) -> Iterator[None]:
+def patched_backward(around: Callable[..., Any]) -> Iterator[None]:
     """``Tensor.backward`` looks this function up at every call."""
     import torch
 

@@ -134,6 +134,19 @@ def step_without_update() -> TrainingCase:
     return case("step_without_update", step=forgetful_step)
 
 
+def clearing_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+    value = loss(model, micro_batches[0])
+    value.backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    return value.detach()
+
+
+@broken({"optimizer_covers": "cleared before the optimizer steps"})
+def gradients_cleared_too_early() -> TrainingCase:
+    return case("gradients_cleared_too_early", step=clearing_step)
+
+
 class TwoOptimizers:
     """Both hold the head."""
 
