@@ -45,10 +45,9 @@ class _Seen:
             if gradient is None:
                 continue
             self.assigned.add(name)
-            values = gradient.to_dense() if gradient.is_sparse else gradient
-            if not bool(torch.isfinite(values).all()):
+            if not bool(torch.isfinite(gradient).all()):
                 self.broken.setdefault(name, step)
-            if bool((values != 0).any()):
+            if bool((gradient != 0).any()):
                 self.nonzero.add(name)
 
 

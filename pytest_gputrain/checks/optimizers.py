@@ -85,9 +85,11 @@ class _Book:
 
     def after_backward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         """Around a backward pass: which gradients there are before anybody can clear them."""
+        from pytest_gputrain.trace.digest import whole
+
         outcome = original(*args, **kwargs)
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None and bool((parameter.grad.detach() != 0).any()):
+            if parameter.grad is not None and bool((whole(parameter.grad) != 0).any()):
                 self.cleared.add(name)
                 if self._updating:  # a closure: the optimizer calls back for its gradients
                     self.pushed.add(name)
@@ -106,11 +108,13 @@ class _Book:
         """Whether this parameter has a gradient, and one that its precision can turn into a movement."""
         import torch
 
+        from pytest_gputrain.trace.digest import whole
+
         parameter = self.parameters[name]
         gradient = parameter.grad
         if gradient is None:
             return
-        gradient = (gradient.to_dense() if gradient.is_sparse else gradient).detach().abs().double()
+        gradient = whole(gradient).abs().double()
         if not bool((gradient != 0).any()):
             return
         self.pushed.add(name)
