@@ -115,6 +115,7 @@ class Launcher:
             "nproc": nproc,
             "agents": simulated,
             "simulated_nodes": simulated > 1,
+            "remote_nodes": nnodes > simulated,
             "max_restarts": max_restarts,
             "torchrun": [*options, "--monitor-interval=0.02"],
             "command": [*(["-m"] if module else []), script, *map(str, argv)],

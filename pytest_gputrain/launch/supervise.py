@@ -23,6 +23,8 @@ AGENT_GRACE = 4.0
 """Seconds that an elastic agent gets to notice a failure, end its workers and print what torchrun prints."""
 DESERTED_AFTER = 1.0
 """Seconds without movement before ranks that others have left are asked for their stacks."""
+DEADLOCKED_AFTER = 5.0
+"""The same where no rank has left: they may all wait for a slow network."""
 RELEASE_DEADLINE = 10.0
 
 
@@ -91,8 +93,8 @@ class Supervision:
             self._sample()
             if time.monotonic() >= deadline:
                 return "deadline"
-            if self._deserted():
-                return "deserted"
+            if (stuck := self._nobody_can_go_on()) is not None:
+                return stuck
             if time.monotonic() - max(m.last_moved for m in self._running()) > self._spec["stall"]:
                 return "stalled"
 
@@ -241,16 +243,21 @@ class Supervision:
         self._last_sample = now
         observe.sample(self._running(), self._folder, now)
 
-    def _deserted(self) -> bool:
-        """Whether ranks that are done have left the others waiting in a collective: a certain hang."""
+    def _nobody_can_go_on(self) -> Ending | None:
+        """Whether every rank that still runs waits in a collective for what cannot come: a certain hang.
+
+        Not asked where some ranks run on other hosts: they may still come.
+        """
         running, now = self._running(), time.monotonic()
-        if len(running) == len(self.members) or now < self._next_probe:
-            return False
-        if any(member.pid is None or now - member.last_moved < DESERTED_AFTER for member in running):
-            return False
+        ending: Ending = "deadlocked" if len(running) == len(self.members) else "deserted"
+        patience = DEADLOCKED_AFTER if ending == "deadlocked" else DESERTED_AFTER
+        if self._spec.get("remote_nodes") or now < self._next_probe:
+            return None
+        if any(member.pid is None or now - member.last_moved < patience for member in running):
+            return None
         self._next_probe = now + 2.0
         observe.dump(running, self._folder)
-        return all(member.in_collective for member in running)
+        return ending if all(member.in_collective for member in running) else None
 
     def _look_closely(self, ending: Ending) -> None:
         """Stacks of what still runs, and whether it moves: before it is ended."""

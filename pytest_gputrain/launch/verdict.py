@@ -17,9 +17,9 @@ from typing import Literal
 
 from .records import Cause, RankResult, Verdict
 
-Ending = Literal["complete", "failure", "deadline", "stalled", "deserted"]
+Ending = Literal["complete", "failure", "deadline", "stalled", "deserted", "deadlocked"]
 """Why the launch came to its end: every rank reported, a rank failed, the deadline came, no rank moved
-for ``stall`` seconds, or ranks wait in a collective for one that has finished."""
+for ``stall`` seconds, ranks wait in a collective for one that has finished, or all ranks wait."""
 
 
 def judge(ranks: Sequence[RankResult], ending: Ending, *, seconds: float) -> tuple[Verdict, Cause | None]:

@@ -175,6 +175,21 @@ def test_a_collective_that_nobody_joins_is_hung_long_before_the_deadline() -> No
     assert "in wait_for_all" in str(result.cause)
 
 
+def test_ranks_that_wait_for_each_other_are_hung_long_before_the_deadline() -> None:
+    def program() -> None:
+        import torch
+        import torch.distributed as dist
+
+        if is_rank(0):
+            dist.recv(torch.ones(3), src=1)
+        wait_for_all()
+
+    result = run(program, timeout=60, within=12)
+    assert result.verdict is Verdict.HUNG
+    assert result.cause is not None and result.cause.kind == "deadlock"
+    assert "likely: ranks entered different collectives" in result.summary()
+
+
 def test_a_rank_that_works_on_after_the_other_finished_is_no_hang() -> None:
     def program() -> int:
         if is_rank(0):

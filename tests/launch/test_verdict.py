@@ -33,7 +33,7 @@ def test_only_all_ranks_passing_is_green() -> None:
 
 
 @pytest.mark.parametrize("other", ["failed", "crashed", "skipped", "ended"])
-@pytest.mark.parametrize("ending", ["complete", "failure", "deadline", "stalled", "deserted"])
+@pytest.mark.parametrize("ending", ["complete", "failure", "deadline", "stalled", "deserted", "deadlocked"])
 def test_one_other_state_beside_a_pass_is_never_green(other: Any, ending: Ending) -> None:
     verdict, cause = judge([rank(0, "passed"), rank(1, other)], ending, seconds=1)
     assert verdict not in (Verdict.PASSED, Verdict.SKIPPED)
