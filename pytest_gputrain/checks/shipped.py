@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_gputrain.case import CaseError, TrainingCase, load_case
 from pytest_gputrain.checks.context import DEVICES, CheckContext
 from pytest_gputrain.checks.parametrize import BoundCheck, expected_failure
-from pytest_gputrain.checks.preflight import check_names
 
 if TYPE_CHECKING:
     import pytest
@@ -25,15 +23,13 @@ def parametrize(metafunc: pytest.Metafunc, *, num_gpus: int) -> None:
     """
     import pytest
 
+    from pytest_gputrain.plugin.cases import cases_of
+
     if "check" not in metafunc.fixturenames:
         return
     check_id = metafunc.function.__name__.removeprefix("test_")
-    try:
-        cases = _cases(metafunc.config)
-    except CaseError as error:
-        raise pytest.Collector.CollectError(str(error)) from None
     rows = []
-    for case in cases:
+    for case in cases_of(metafunc.config):
         for device in DEVICES:
             bound = BoundCheck(check_id, case, CheckContext(device=device, world_size=_WORLD_SIZE))
             marks: list[Any] = [pytest.mark.requires_gpus(num_gpus)] if device == "cuda" else []
@@ -41,15 +37,3 @@ def parametrize(metafunc: pytest.Metafunc, *, num_gpus: int) -> None:
                 pytest.param(bound, id=f"{case.name}-{device}", marks=marks + expected_failure(bound))
             )
     metafunc.parametrize("check", rows)
-
-
-def _cases(config: pytest.Config) -> list[TrainingCase]:
-    """Those asked for, or the embedded reference."""
-    from pytest_gputrain.plugin.settings import settings_of
-    from pytest_gputrain.reference import reference_cases
-
-    specs = settings_of(config).cases
-    cases = [case for spec in specs for case in load_case(spec)] if specs else reference_cases()
-    for case in cases:
-        check_names(case)
-    return cases

@@ -257,6 +257,24 @@ def summed_loss() -> TrainingCase:
     return case("summed_loss", loss=sum_loss, loss_reduction="sum")
 
 
+def summed_clipping_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+    """Keeps the sum over ranks, then clips it."""
+    optimizer.zero_grad()
+    value = torch.zeros(())
+    for index, batch in enumerate(micro_batches):
+        model.require_backward_grad_sync = index == len(micro_batches) - 1
+        value = sum_loss(model, batch) * dist.get_world_size()
+        value.backward()
+    torch.nn.utils.clip_grad_value_(model.parameters(), 0.05)
+    optimizer.step()
+    return value.detach()
+
+
+@healthy
+def summed_loss_with_clipping() -> TrainingCase:
+    return case("summed_loss_with_clipping", loss=sum_loss, loss_reduction="sum", step=summed_clipping_step)
+
+
 def summed_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
     optimizer.zero_grad()
     value = torch.zeros(())
