@@ -36,7 +36,7 @@ _HOMES = {
 
 @dataclass(frozen=True)
 class Check:
-    """A shipped check. ``subject`` is the heading it stands under; ``num_ranks`` "many" needs a world."""
+    """A shipped check. ``subject`` is the heading it stands under in reports."""
 
     id: str
     subject: str

@@ -578,6 +578,35 @@ def teacher_that_follows() -> TrainingCase:
     return case("teacher_that_follows", model=Student, step=student_step)
 
 
+class RunningCentre(Net):
+    """Trains on what its buffer says, which differs by rank unless DistributedDataParallel sends it around."""
+
+    centre: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x - self.centre)
+        self.centre.lerp_(x.detach().mean(0), 0.5)
+        return out
+
+
+@healthy
+def buffer_that_forward_reads_and_writes() -> TrainingCase:
+    return case("buffer_that_forward_reads_and_writes", model=RunningCentre)
+
+
+def own_buffers(model: Any) -> nn.Module:
+    return DDP(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+@healthy
+def buffer_of_each_rank() -> TrainingCase:
+    return case("buffer_of_each_rank", model=RunningCentre, wrap=own_buffers)
+
+
 class Spectrum(nn.Module):
     def __init__(self) -> None:
         super().__init__()
