@@ -18,6 +18,7 @@ from pytest_gputrain.checks.result import CheckFailed, CheckSkipped, CheckUndeci
 
 STEPS = 3
 SHAKE = 0.05  # of a parameter's own size: enough to leave zero, far too little to break a healthy model
+NEARLY_ZERO, SIZE_FOR_ZERO = 1e-2, 0.4
 # A recomputation is the same arithmetic on the same numbers: bitwise equal on one thread, but for kernels
 # that add in any order. Relative to the gradient's norm.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "float16": 5e-3, "bfloat16": 3e-2}
@@ -142,7 +143,9 @@ def _shake(trainer: _Trainer, ctx: CheckContext, step: int) -> None:
     with torch.no_grad():
         for parameter in trainer.parameters.values():
             if parameter.is_floating_point() and parameter.element_size() > 1:
-                size = float(parameter.float().square().mean().sqrt()) or 0.4
+                size = float(parameter.float().square().mean().sqrt())
+                # Zero, or as good as zero after a step at a warm-up's learning rate.
+                size = size if size > NEARLY_ZERO else SIZE_FOR_ZERO
                 parameter.add_(torch.randn_like(parameter) * (SHAKE * size))
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 DEVICES = ("cpu", "cuda")
+
+# What starts ranks where a context names nothing: pytest's session puts its own here for each test.
+SESSION_LAUNCHER: ContextVar[Any] = ContextVar("gputrain_session_launcher", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +17,8 @@ class CheckContext:
     """device: "cpu" (gloo ranks) or "cuda"; world_size: ranks of a data-parallel launch.
 
     timeout: seconds one launch may take; None is the launcher's own. batch_size: samples a rank and step,
-    even, because it is also split in two. launcher: what starts ranks; None is the package's own, with its
-    defaults. Raises ValueError for a value that is not legal.
+    even, because it is also split in two. launcher: what starts ranks; None is the pytest session's, with
+    its options, and outside pytest the package's own. Raises ValueError for a value that is not legal.
     """
 
     device: str = "cpu"

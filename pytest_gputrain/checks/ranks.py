@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.case import TrainingCase
-from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.context import SESSION_LAUNCHER, CheckContext
 from pytest_gputrain.checks.result import CheckFailed, CheckOutcome, CheckSkipped, CheckUndecided
 
 if TYPE_CHECKING:
@@ -48,7 +48,8 @@ def on_ranks(
     CheckOutcome.
     """
     _require_gpus(ctx, world_size)
-    result = _launcher(ctx)(
+    launcher = _launcher(ctx)
+    result = launcher(
         _enter,
         body,
         case,
@@ -60,7 +61,7 @@ def on_ranks(
         env=_ENVIRON,
         check=False,
     )
-    _raise_for(result, doing, keeps_artifacts=ctx.launcher is not None)
+    _raise_for(result, doing, keeps_artifacts=launcher.defaults.artifacts is not None)
     for value in result.values:
         if isinstance(value, Ended):
             raise value.outcome
@@ -82,8 +83,8 @@ def _require_gpus(ctx: CheckContext, world_size: int) -> None:
 
 
 def _launcher(ctx: CheckContext) -> Any:
-    if ctx.launcher is not None:
-        return ctx.launcher
+    if (launcher := ctx.launcher or SESSION_LAUNCHER.get()) is not None:
+        return launcher
     from pytest_gputrain.launch import Launcher
 
     return Launcher()

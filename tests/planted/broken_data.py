@@ -64,3 +64,13 @@ def same_data_own_noise() -> Iterator[Any]:
 @broken({"ddp_data_differs": "['x']"})
 def same_data_with_noise_of_its_own() -> TrainingCase:
     return case("same_data_with_noise_of_its_own", batches=same_data_own_noise)
+
+
+def same_data_tagged() -> Iterator[Any]:
+    for batch in every_rank_from_the_start():
+        yield {**batch, "worker": torch.full((4,), rank()), "mask": torch.ones(4, WIDTH)}
+
+
+@broken({"ddp_data_differs": "train on the same batch in every step"})
+def same_data_tagged_with_the_rank() -> TrainingCase:
+    return case("same_data_tagged_with_the_rank", batches=same_data_tagged)

@@ -224,6 +224,28 @@ def checkpoint_lambda_bound_late() -> TrainingCase:
     return case("checkpoint_lambda_bound_late", model=LateBinding, set_checkpointing=turn_on)
 
 
+class LateBindingBehindZeros(LateBinding):
+    """Nothing but the head gets a gradient before the head has moved, and it hardly moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.head.weight)
+
+
+def hardly_moving(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-9)
+
+
+@broken({"checkpointing_parity": "gradients differ with checkpointing on"}, may_fail=("ddp_completes",))
+def checkpoint_bound_late_behind_a_zero_head() -> TrainingCase:
+    return case(
+        "checkpoint_bound_late_behind_a_zero_head",
+        model=LateBindingBehindZeros,
+        optimizer=hardly_moving,
+        set_checkpointing=turn_on,
+    )
+
+
 class ForgetsRandomState(CheckpointedNet):
     def __init__(self) -> None:
         super().__init__(dropout=0.5)

@@ -45,6 +45,24 @@ def dropout_with_checkpointing() -> TrainingCase:
     return case("dropout_with_checkpointing", model=with_dropout, set_checkpointing=turn_on)
 
 
+class CheckpointsInTraining(CheckpointedNet):
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.training:
+            return super().run(block, x)
+        out: Tensor = block(x)
+        return out
+
+
+def as_loaded() -> nn.Module:
+    """from_pretrained gives models in eval mode."""
+    return CheckpointsInTraining().eval()
+
+
+@healthy
+def model_given_in_eval_mode() -> TrainingCase:
+    return case("model_given_in_eval_mode", model=as_loaded, set_checkpointing=turn_on)
+
+
 def convnet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1, bias=True),
@@ -579,7 +597,7 @@ def teacher_that_follows() -> TrainingCase:
 
 
 class RunningCentre(Net):
-    """Trains on what its buffer says, which differs by rank unless DistributedDataParallel sends it around."""
+    """Trains on what its buffer says, which differs by rank unless the wrapper sends it around."""
 
     centre: Tensor
 

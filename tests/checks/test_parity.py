@@ -1,0 +1,42 @@
+"""By which of its ways ``ddp_parity`` came to pass a program: a wrong way would hide that another is lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.checks import CheckResult, run_checks
+from tests.planted import healthy_own
+
+
+def parity(case: TrainingCase) -> CheckResult:
+    (result,) = run_checks(case, checks=["ddp_parity"])
+    assert result.outcome == "passed", str(result)
+    return result
+
+
+@pytest.mark.parametrize(
+    "case",
+    [healthy_own.plain, healthy_own.adversarial, healthy_own.manual_all_reduce, healthy_own.loss_scaler],
+    ids=lambda case: case.__name__,
+)
+def test_average_of_replays_is_matched_without_remarks(case: object) -> None:
+    assert callable(case)
+    result = parity(case())
+    assert result.message == ""
+    assert result.figures["worst"] < 1e-5
+    assert (result.figures["ranks"], result.figures["steps"]) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("case", "remark"),
+    [
+        (healthy_own.contrastive_across_ranks(), "agrees with the joined batch in one process"),
+        (healthy_own.optimizer_that_averages(), "14 parameters are averaged inside the optimizer"),
+        (healthy_own.float16_compression(), "agree to the precision of bfloat16 compression only"),
+        (healthy_own.summed_loss(), "gradients are the sum over 2 ranks"),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_other_ways_are_remarked(case: TrainingCase, remark: str) -> None:
+    assert remark in parity(case).message
