@@ -32,7 +32,7 @@ def ddp_launcher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     """
     from pytest_gputrain.plugin.launcher import launcher_for
 
-    return launcher_for(request.node, tmp_path_factory)
+    return launcher_for(request.node, tmp_path_factory.getbasetemp() / "gputrain")
 
 
 @pytest.fixture

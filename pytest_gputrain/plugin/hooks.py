@@ -66,6 +66,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         refuse(config, items, error)
 
 
+# So that checks which a test calls by parametrize_with_checks keep to this session's options.
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    parameters = getattr(pyfuncitem, "callspec", None)
+    if not parameters or "check" not in parameters.params or "pytest_gputrain.checks" not in sys.modules:
+        return (yield)
+    from pytest_gputrain.checks.context import SESSION_LAUNCHER
+    from pytest_gputrain.plugin.launcher import launcher_for
+
+    token = SESSION_LAUNCHER.set(launcher_for(pyfuncitem, None))
+    try:
+        return (yield)
+    finally:
+        SESSION_LAUNCHER.reset(token)
+
+
 # A wrapper: the skip mark must be there before pytest's own skipping, which then reports the test's location.
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:

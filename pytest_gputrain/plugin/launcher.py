@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -87,10 +88,14 @@ class PytestLauncher(Launcher):
         pytest.skip(reason)
 
 
-def launcher_for(node: pytest.Item, tmp_path_factory: pytest.TempPathFactory) -> PytestLauncher:
-    """Return the launcher of one test. Folders are made by the first launch, not before."""
+def launcher_for(node: pytest.Item, base: Path | None) -> PytestLauncher:
+    """Return the launcher of one test, which keeps artifacts below ``base`` unless there is a report folder.
+
+    Folders are made by the first launch, not before; without either they go with the result.
+    """
     settings = settings_of(node.config)
-    artifacts = (settings.report or tmp_path_factory.getbasetemp() / "gputrain") / folder_name(node.nodeid)
+    base = settings.report or base
+    artifacts = base / folder_name(node.nodeid) if base else None
     defaults = LaunchDefaults(
         timeout=settings.timeout,
         stall=settings.stall,

@@ -215,3 +215,30 @@ def test_grad_tracer(pytester: pytest.Pytester, run_child: Run) -> None:
         """
     )
     run_child().assert_outcomes(passed=1)
+
+
+@needs_linux
+def test_checks_called_from_a_test_keep_to_the_sessions_options(
+    pytester: pytest.Pytester, run_child: Run
+) -> None:
+    pytester.makepyfile(
+        """
+        import time, torch
+        from pytest_gputrain import TrainingCase, parametrize_with_checks
+
+        def loss(model, batch):
+            time.sleep(60)
+
+        slow = TrainingCase(
+            name="slow", model=lambda: torch.nn.Linear(2, 2), batch=lambda n, device: torch.ones(n, 2), loss=loss
+        )
+
+        @parametrize_with_checks([slow], checks=["gradients_arrive"])
+        def test_training(case, check):
+            check(case)
+        """
+    )
+    result = run_child("--gputrain-timeout=2", "--gputrain-report=kept")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["gradients_arrive?slow? FAILED: HUNG after 2.*", "*artifacts: *kept*"])
+    assert list(pytester.path.glob("kept/*/*/rank0/stacks.txt"))
