@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_gputrain.checks.parametrize import BoundCheck
-from pytest_gputrain.checks.shipped import parametrize
+from pytest_gputrain.plugin.shipped import parametrize
 
 if TYPE_CHECKING:
     import pytest

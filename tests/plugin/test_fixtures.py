@@ -230,7 +230,10 @@ def test_checks_called_from_a_test_keep_to_the_sessions_options(
             time.sleep(60)
 
         slow = TrainingCase(
-            name="slow", model=lambda: torch.nn.Linear(2, 2), batch=lambda n, device: torch.ones(n, 2), loss=loss
+            name="slow",
+            model=lambda: torch.nn.Linear(2, 2),
+            batch=lambda n, device: torch.ones(n, 2),
+            loss=loss,
         )
 
         @parametrize_with_checks([slow], checks=["gradients_arrive"])

@@ -1,17 +1,14 @@
-"""What the shipped test modules share: a (case, device) pair a test, from ``--gputrain-case``.
-
-Used by ``test_*.py`` beside this file, which need the plugin; imports pytest only when called.
-"""
+"""What the shipped test modules (``checks/test_*.py``) share: a (case, device) pair a test."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pytest
 
 from pytest_gputrain.checks.context import DEVICES, CheckContext
 from pytest_gputrain.checks.parametrize import BoundCheck, expected_failure
-
-if TYPE_CHECKING:
-    import pytest
+from pytest_gputrain.plugin.cases import cases_of
 
 _WORLD_SIZE = 2
 
@@ -21,10 +18,6 @@ def parametrize(metafunc: pytest.Metafunc, *, num_gpus: int) -> None:
 
     num_gpus: what the cuda test of each pair needs; it skips, and is selected by ``-m gpu``, by itself.
     """
-    import pytest
-
-    from pytest_gputrain.plugin.cases import cases_of
-
     if "check" not in metafunc.fixturenames:
         return
     check_id = metafunc.function.__name__.removeprefix("test_")
