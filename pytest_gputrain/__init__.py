@@ -80,14 +80,13 @@ __all__ = [
 
 
 # No __dir__ beside this: pytest fetches every name that dir() of a plugin shows, and so would import torch.
+# Nothing is kept in globals() either: pytester forgets modules between runs in one process, and a kept class
+# would be another one than that of the module imported anew.
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    elif name in _ROOMS:
-        value = importlib.import_module(f"{__name__}.{name}")
-    elif name in _MARKERS:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _MARKERS:
         return getattr(pytest.mark, name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
