@@ -11,8 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_gputrain import pytree
-from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.ranks import mark_progress, on_ranks
 from pytest_gputrain.checks.registry import check

@@ -9,8 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pytest_gputrain import pytree
-from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.checks.averages import Average, distance
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.parity import RankRun

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pytest_gputrain import pytree
-from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.trace.names import named_buffers
 from pytest_gputrain.trace.steps import AFTER_BACKWARD, AT_STEP, StepRecord, StepRecorder

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pytest_gputrain import pytree
-from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case import TrainingCase, pytree
+from pytest_gputrain.case.loading import describe
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.parity import ACCUMULATING_STEP, NUM_MICRO_BATCHES, STEPS, RankRun, StepFacts
 from pytest_gputrain.checks.peers import Peers, digests_of
-from pytest_gputrain.loading import describe
 from pytest_gputrain.trace.digest import value_digest
 from pytest_gputrain.trace.names import named_buffers, owners
 from pytest_gputrain.trace.steps import (

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytest_gputrain import pytree
-from pytest_gputrain.case import CaseError, TrainingCase
+from pytest_gputrain.case import CaseError, TrainingCase, pytree
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.registry import all_check_ids
 from pytest_gputrain.checks.result import CheckOutcome
@@ -51,8 +50,8 @@ def preflight(case: TrainingCase, ctx: CheckContext) -> None:
 def _try(case: TrainingCase, ctx: CheckContext) -> str | None:
     from torch import nn
 
+    from pytest_gputrain.case.loading import describe
     from pytest_gputrain.checks.session import device_of, seed_everything
-    from pytest_gputrain.loading import describe
 
     device = device_of(ctx)
     calls: dict[str, Any] = {"model": case.model, "batch": lambda: case.batch(ctx.batch_size, device)}

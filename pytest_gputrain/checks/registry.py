@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case.loading import describe
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.result import (
     CheckFailed,
@@ -18,7 +19,6 @@ from pytest_gputrain.checks.result import (
     Figures,
     Outcome,
 )
-from pytest_gputrain.loading import describe
 
 CheckFunction = Callable[[TrainingCase, CheckContext], CheckResult]
 _Body = Callable[[TrainingCase, CheckContext], Figures]

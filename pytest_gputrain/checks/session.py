@@ -8,8 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pytest_gputrain import pytree
-from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.result import CheckFailed
 from pytest_gputrain.trace.names import canonical_name, named_parameters

@@ -70,7 +70,7 @@ class _Given(NamedTuple):
 
 def _parse_case(text: str, folder: Path) -> str:
     # Imported here: a session that gives no case does not pay for it.
-    from pytest_gputrain.loading import split_spec
+    from pytest_gputrain.case.loading import split_spec
 
     return ":".join(split_spec(text, "case"))
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pytest_gputrain import pytree
+from pytest_gputrain.case import pytree
 
 
 class Pair(NamedTuple):

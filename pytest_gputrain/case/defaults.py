@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_gputrain import pytree
+from pytest_gputrain.case import pytree
 
 DEFAULT_LEARNING_RATE = 1e-3
 DEFAULT_STREAM_BATCH = 4  # for batches() only; a check asks batch() for the size it wants

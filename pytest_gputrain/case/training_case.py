@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from pytest_gputrain import defaults
-from pytest_gputrain.loading import CaseError, LazyCallable, load_case
-
-__all__ = ["CaseError", "LossReduction", "TrainingCase", "load_case"]
+from pytest_gputrain.case import defaults
+from pytest_gputrain.case.loading import CaseError, LazyCallable
 
 LossReduction = Literal["mean", "sum", "token_mean"]
 Function = Callable[..., Any]
