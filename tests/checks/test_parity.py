@@ -6,7 +6,7 @@ import pytest
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks import CheckResult, run_checks
-from tests.planted import healthy_own
+from tests.planted import healthy_loops, healthy_models, healthy_parallel
 
 
 def parity(case: TrainingCase) -> CheckResult:
@@ -17,7 +17,12 @@ def parity(case: TrainingCase) -> CheckResult:
 
 @pytest.mark.parametrize(
     "case",
-    [healthy_own.plain, healthy_own.adversarial, healthy_own.manual_all_reduce, healthy_own.loss_scaler],
+    [
+        healthy_models.plain,
+        healthy_loops.adversarial,
+        healthy_parallel.manual_all_reduce,
+        healthy_loops.loss_scaler,
+    ],
     ids=lambda case: case.__name__,
 )
 def test_average_of_replays_is_matched_without_remarks(case: object) -> None:
@@ -31,10 +36,10 @@ def test_average_of_replays_is_matched_without_remarks(case: object) -> None:
 @pytest.mark.parametrize(
     ("case", "remark"),
     [
-        (healthy_own.contrastive_across_ranks(), "agrees with the joined batch in one process"),
-        (healthy_own.optimizer_that_averages(), "14 parameters are averaged inside the optimizer"),
-        (healthy_own.float16_compression(), "agree to the precision of bfloat16 compression only"),
-        (healthy_own.summed_loss(), "gradients are the sum over 2 ranks"),
+        (healthy_parallel.contrastive_across_ranks(), "agrees with the joined batch in one process"),
+        (healthy_parallel.optimizer_that_averages(), "14 parameters are averaged inside the optimizer"),
+        (healthy_parallel.float16_compression(), "agree to the precision of bfloat16 compression only"),
+        (healthy_parallel.summed_loss(), "gradients are the sum over 2 ranks"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

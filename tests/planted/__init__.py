@@ -1,15 +1,29 @@
 """Small training programs: broken ones with one known defect each, and healthy ones that look suspicious."""
 
-from tests.planted import broken_data, broken_gradients, broken_parallel, healthy_own, healthy_real
+from tests.planted import (
+    broken_averages,
+    broken_data,
+    broken_divergence,
+    broken_gradients,
+    broken_hangs,
+    healthy_loops,
+    healthy_models,
+    healthy_parallel,
+    healthy_real,
+)
 from tests.planted.plant import BROKEN, HEALTHY, Plant
 
 __all__ = [
     "BROKEN",
     "HEALTHY",
     "Plant",
+    "broken_averages",
     "broken_data",
+    "broken_divergence",
     "broken_gradients",
-    "broken_parallel",
-    "healthy_own",
+    "broken_hangs",
+    "healthy_loops",
+    "healthy_models",
+    "healthy_parallel",
     "healthy_real",
 ]
