@@ -196,17 +196,17 @@ def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: P
     """The launch itself. Whatever happens, what it started is ended when this returns or raises."""
     server = client.borrow(spec["environ"])
     supervision = Supervision(server, members, spec, folder)
-    start, in_order = time.monotonic(), False
+    in_order = False
     try:
         supervision.start(call)
         ending = supervision.watch()
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - supervision.began
         supervision.end(ending)
         in_order = True
     except ServerLost as error:
         lost = Cause(None, "server", str(error))
-        ranks = [member.result(folder, start, ended_after=math.inf) for member in members]
-        return LaunchResult(Verdict.CRASHED, lost, ranks, folder, time.monotonic() - start)
+        ranks = [member.result(folder, supervision.began, ended_after=math.inf) for member in members]
+        return LaunchResult(Verdict.CRASHED, lost, ranks, folder, time.monotonic() - supervision.began)
     finally:
         supervision.close()
         if in_order:
@@ -214,18 +214,18 @@ def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: P
         else:  # KeyboardInterrupt, a timeout's exception, a dead server
             server.close()
             sweep.kill_marked(spec["environ"][sweep.MARK])
-    return _concluded(supervision, spec["kind"], ending, start, seconds, folder)
+    return _concluded(supervision, spec["kind"], ending, seconds, folder)
 
 
 def _concluded(
-    supervision: Supervision, kind: str, ending: Ending, start: float, seconds: float, folder: Path
+    supervision: Supervision, kind: str, ending: Ending, seconds: float, folder: Path
 ) -> LaunchResult:
     """The result of a launch of which nothing runs any more."""
     members = supervision.members
     failures = [member.failed_at for member in members if member.failed_at is not None]
     # Only torchrun ends workers by itself, after the first of them has failed.
     first = min(failures, default=math.inf) if kind == "script" else math.inf
-    ranks = [member.result(folder, start, ended_after=first) for member in members]
+    ranks = [member.result(folder, supervision.began, ended_after=first) for member in members]
     ranks.sort(key=lambda rank: rank.rank)
     verdict, cause = judge(ranks, ending, seconds=seconds)
     agent_output = output.read(folder / "agent0" / "stderr.log")

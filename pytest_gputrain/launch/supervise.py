@@ -21,8 +21,10 @@ GRACE = 1.0
 """Seconds that the other ranks of a function get, after a first failure, to report theirs."""
 AGENT_GRACE = 4.0
 """Seconds that an elastic agent gets to notice a failure, end its workers and print what torchrun prints."""
-DESERTED_AFTER = 1.0
-"""Seconds without movement before ranks that others have left are asked for their stacks."""
+DESERTED_AFTER = 0.75
+"""Seconds without movement or report before ranks that others have left are asked for their stacks."""
+SECOND_LOOK = 0.5
+"""Seconds until they are asked again; only what is the same then counts."""
 DEADLOCKED_AFTER = 5.0
 """The same where no rank has left: they may all wait for a slow network."""
 RELEASE_DEADLINE = 10.0
@@ -44,9 +46,11 @@ class Supervision:
         self._agent_pids: list[int] = []
         self._exited_pids: set[int] = set()
         self._ended: dict[str, Any] | None = None
+        self._first_look: tuple[float, list[str | None]] = (0.0, [])
         self._decided = False
         self._restarts_left = spec.get("max_restarts", 0)
-        self._start = self._last_sample = self._next_probe = time.monotonic()
+        self.began = self._last_news = self._last_sample = self._next_look = time.monotonic()
+        self._forked = False
 
     # -- start and end ------------------------------------------------------------------------------
 
@@ -72,9 +76,6 @@ class Supervision:
         finally:
             for far in theirs:
                 far.close()
-        self._start = time.monotonic()
-        for member in self.members:  # the clock starts here: importing torch is no rank standing still
-            member.last_moved = self._start
 
     def _watch(self, sock: socket.socket, member: Member) -> None:
         sock.setblocking(False)
@@ -82,8 +83,8 @@ class Supervision:
 
     def watch(self) -> Ending:
         """Until there is a verdict to give. Raises ServerLost when the fork server dies."""
-        deadline = self._start + self._spec["timeout"]
         while True:
+            deadline = self.began + self._spec["timeout"]
             self._receive(min(TICK, max(0.0, deadline - time.monotonic())))
             if all(member.settled for member in self.members):
                 return "complete" if all(member.report for member in self.members) else "failure"
@@ -95,7 +96,8 @@ class Supervision:
                 return "deadline"
             if (stuck := self._nobody_can_go_on()) is not None:
                 return stuck
-            if time.monotonic() - max(m.last_moved for m in self._running()) > self._spec["stall"]:
+            still = time.monotonic() - max(member.last_moved for member in self._running())
+            if self._forked and still > self._spec["stall"]:
                 return "stalled"
 
     def end(self, ending: Ending) -> None:
@@ -177,6 +179,7 @@ class Supervision:
     def _rank_event(self, member: Member, header: dict[str, Any], body: bytes) -> None:
         if self._decided:
             return
+        self._last_news = time.monotonic()
         if header["kind"] == "exit":
             target = self._by_rank(header["rank"])
             if target and header["restart"] == target.restart:
@@ -194,6 +197,10 @@ class Supervision:
 
     def _server_event(self, header: dict[str, Any]) -> None:
         if header["event"] == "started":
+            # The clock starts here: a server that is still importing is no rank standing still.
+            self.began, self._last_news, self._forked = header["at"], header["at"], True
+            for member in self.members:
+                member.last_moved = max(member.last_moved, self.began)
             if self._spec["kind"] == "script":
                 self._agent_pids = header["pids"]
             else:
@@ -246,23 +253,28 @@ class Supervision:
     def _nobody_can_go_on(self) -> Ending | None:
         """Whether every rank that still runs waits in a collective for what cannot come: a certain hang.
 
-        Not asked where some ranks run on other hosts: they may still come.
+        Certain only after two looks, between which nothing moved and nobody reported. Not asked where some
+        ranks run on other hosts: they may still come.
         """
         running, now = self._running(), time.monotonic()
         ending: Ending = "deadlocked" if len(running) == len(self.members) else "deserted"
         patience = DEADLOCKED_AFTER if ending == "deadlocked" else DESERTED_AFTER
-        if self._spec.get("remote_nodes") or now < self._next_probe:
+        quiet_since = max(self._last_news, *(member.last_moved for member in running))
+        if self._spec.get("remote_nodes") or any(member.pid is None for member in running):
             return None
-        if any(member.pid is None or now - member.last_moved < patience for member in running):
+        if now - quiet_since < patience or now < self._next_look:
             return None
-        self._next_probe = now + 2.0
         observe.dump(running, self._folder)
-        return ending if all(member.in_collective for member in running) else None
+        seen = [member.waiting_at for member in running if member.in_collective]
+        first_look, self._first_look = self._first_look, (quiet_since, seen)
+        self._next_look = now + SECOND_LOOK
+        return ending if len(seen) == len(running) and first_look == self._first_look else None
 
     def _look_closely(self, ending: Ending) -> None:
         """Stacks of what still runs, and whether it moves: before it is ended."""
         running = self._running()
-        observe.dump(running, self._folder)
+        if ending not in ("deserted", "deadlocked"):  # those were decided by a look that is to be shown
+            observe.dump(running, self._folder)
         if ending != "deadline":
             return
         recent = min(1.0, self._spec["timeout"] / 2)

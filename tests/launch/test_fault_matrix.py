@@ -201,6 +201,25 @@ def test_a_rank_that_works_on_after_the_other_finished_is_no_hang() -> None:
     assert run(program).values == [1, 1]
 
 
+def test_local_work_after_a_late_collective_is_no_hang() -> None:
+    def program() -> int:
+        import torch
+        import torch.distributed as dist
+
+        model, x = torch.nn.Linear(600, 600), torch.randn(600, 600)
+        if is_rank(0):
+            time.sleep(1.3)  # long still when the other rank finishes
+        dist.barrier()
+        if is_rank(0):
+            for _ in range(10):
+                x = model(x)
+            x.sum().backward()
+        return 1
+
+    for _ in range(6):
+        assert run(program).values == [1, 1]
+
+
 def test_no_progress_for_stall_seconds_is_hung() -> None:
     def program() -> None:
         time.sleep(60)
