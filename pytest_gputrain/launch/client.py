@@ -28,6 +28,7 @@ _MOST_IDLE = 2
 _AT_START = (
     "LD_", "DYLD_", "PYTHON", "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_", "MALLOC_", "GLIBC_", "ASAN_",
     "TORCH", "PYTORCH", "ATEN_", "DNNL_", "ONEDNN_", "CUBLAS_", "CUDNN_", "CUDA_LAUNCH_BLOCKING", "TRITON_",
+    "HF_", "HUGGINGFACE_", "TRANSFORMERS_",
 )  # fmt: skip
 """Variables that the interpreter or torch's libraries read once, when they are loaded."""
 _READ_LATER = ("TORCHELASTIC_", "TORCH_FR_", "TORCH_NCCL_", "TORCH_GLOO_", "TORCH_DISTRIBUTED_DEBUG")
@@ -100,6 +101,12 @@ class ServerHandle:
         self._stderr.seek(0)
         lines = self._stderr.read()[-4000:].decode(errors="replace").strip().splitlines()
         return "\n".join(lines[-15:]) or "no output"
+
+    def preload(self, names: list[str]) -> None:
+        """Has the server import what the ranks of the last launch had to; it does so while nobody waits."""
+        if names:
+            with contextlib.suppress(OSError):
+                wire.send(self.sock, {"op": "preload", "names": names})
 
     @property
     def alive(self) -> bool:

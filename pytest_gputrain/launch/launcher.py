@@ -210,6 +210,7 @@ def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: P
     finally:
         supervision.close()
         if in_order:
+            server.preload((members[0].report or {}).get("imported", []))
             client.give_back(server)
         else:  # KeyboardInterrupt, a timeout's exception, a dead server
             server.close()

@@ -119,10 +119,15 @@ def _redirect(folder: Path) -> None:
     )
 
 
+_LIBRARIES = ("transformers", "timm", "torchvision")
+"""Libraries of model definitions: seconds to import, nothing but definitions in them."""
+
+
 def run_function(
     link: Link, spec: Mapping[str, Any], rank: int, call: bytes, listen_fd: int | None
 ) -> NoReturn:
     """A rank's life around a function of the user; ends the process."""
+    known = frozenset(sys.modules)
     try:
         link.hello()
         target, args, kwargs = payload.unpack_call(call)
@@ -130,7 +135,7 @@ def run_function(
         value = target(*args, **kwargs)
         body = _pack(value, rank)
         _flush()
-        link.report("passed", body)
+        link.report("passed", body, imported=_imported_since(known) if rank == 0 else [])
     except BaseException as error:  # SystemExit and pytest's outcomes are BaseExceptions
         _flush()
         state, details = describe(error)
@@ -138,6 +143,11 @@ def run_function(
     link.wait_for_release()
     # Not sys.exit: about half of the ranks that leave gloo undestroyed die of SIGABRT at interpreter exit.
     os._exit(0)
+
+
+def _imported_since(known: frozenset[str]) -> list[str]:
+    """Modules of model libraries that this rank had to import: the server does so before the next launch."""
+    return [name for name in sys.modules if name.startswith(_LIBRARIES) and name not in known]
 
 
 class UnpicklableValue(TypeError):

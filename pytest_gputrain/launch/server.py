@@ -36,6 +36,7 @@ class Server:
         self._owner = owner
         self._reader = wire.Reader(control)
         self._temporary: str | None = None
+        self._spare_time: Iterator[None] | None = None
 
     def serve(self) -> None:
         """The loop; returns when the owner has closed its side, with nothing left below this process."""
@@ -49,11 +50,11 @@ class Server:
         with selectors.DefaultSelector() as selector:
             selector.register(self._control, selectors.EVENT_READ)
             selector.register(wake_read, selectors.EVENT_READ)
-            spare_time: Iterator[None] | None = pages.collapse()
+            self._spare_time = pages.collapse()
             while os.getppid() == self._owner:
-                ready = selector.select(0 if spare_time else _ORPHAN_CHECK)
-                if not ready and spare_time and next(spare_time, self) is self:
-                    spare_time = None
+                ready = selector.select(0 if self._spare_time else _ORPHAN_CHECK)
+                if not ready and self._spare_time and next(self._spare_time, self) is self:
+                    self._spare_time = None
                 for key, _ in ready:
                     if key.fileobj is self._control:
                         if not self._reader.read(max_fds=512):
@@ -76,6 +77,10 @@ class Server:
                         child.terminate()
             elif header["op"] == "end":
                 self._end()
+            elif header["op"] == "preload":
+                _import(header["names"])
+                gc.freeze()
+                self._spare_time = pages.collapse()
 
     def _launch(self, spec: dict[str, Any], call: bytes, fds: list[int]) -> None:
         self._temporary = spec["folder"] if spec["temporary"] else None
@@ -170,12 +175,16 @@ def _listener() -> socket.socket:
     return listener
 
 
+def _import(names: list[str]) -> None:
+    for name in names:
+        with contextlib.suppress(Exception):  # a rank that needs it will say what is wrong with it
+            importlib.import_module(name)
+
+
 def main(fd: int, owner: int, preload: list[str]) -> None:
     """Entry point of the server process; ``fd`` is the control socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
-    for name in preload:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+    _import(preload)
     assert output and rank  # what ranks need is loaded now, once
     Server(socket.socket(fileno=fd), owner).serve()
     os._exit(0)  # tearing torch down takes longer than the owner should wait

@@ -159,6 +159,18 @@ def test_unseeded_numbers_differ_between_ranks_and_launches() -> None:
         assert len(set(numbers)) == 4
 
 
+def test_a_model_library_is_imported_once_for_all_later_launches() -> None:
+    def program() -> bool:
+        there = "transformers.models.gpt2.modeling_gpt2" in sys.modules
+        import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
+        return there
+
+    own_server = {"PYTHONHASHSEED": "5"}
+    assert launch(program, env=own_server).values == [False, False]
+    assert launch(program, env=own_server).values == [True, True]
+
+
 def test_tensors_and_parameters_come_back() -> None:
     def program() -> Any:
         import torch
