@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,21 @@ class _Run:
         self._buffers: dict[str, Any] | None = None
 
     def all_steps(self) -> RankRun:
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
         if not self.peers.all_equal([(n, tuple(p.shape), str(p.dtype)) for n, p in self.parameters.items()]):
             self.report.problem = "the ranks' models have different parameters (names, shapes or types)"
             return self.report
         self.report.problem = self._difference("before the first step")
-        hook = self._holder().register_forward_pre_hook(self._keep_buffers)
+        # Global, not the model's own: a step may copy or pickle the model, and this hook has process groups.
+        hook = register_module_forward_pre_hook(self._keep_buffers)
+        try:
+            self._take_steps()
+        finally:
+            hook.remove()
+        return self.report
+
+    def _take_steps(self) -> None:
         same = []
         for step in range(STEPS):
             if self.report.problem:
@@ -61,11 +72,10 @@ class _Run:
             self.report.steps.append(facts)
             self._compare_gradients(step, record, facts)
             self.report.problem = self._difference(f"after step {step}", record, micro_batches)
-        hook.remove()
         self._save("parameters", STEPS, {n: copy_of(p) for n, p in self.parameters.items()})
         self.report.same_data = bool(same) and all(same)
-        return self.report
 
+    @functools.cached_property
     def _holder(self) -> Any:
         """The module whose forward sees the buffers as the step uses them, after DDP's broadcast."""
         own = {id(parameter) for parameter in self.model.parameters()}
@@ -73,7 +83,7 @@ class _Run:
         return self.model if own & used or not used else self.wrapped
 
     def _keep_buffers(self, module: Any, args: Any) -> None:
-        if self._buffers is None:
+        if self._buffers is None and module is self._holder:
             self._buffers = {name: copy_of(buffer) for name, buffer in named_buffers(module).items()}
 
     def _draw(self, step: int) -> tuple[list[Any], bool]:
@@ -115,7 +125,7 @@ class _Run:
         # Opaque on the way: the process that runs the check needs not know the user's classes.
         packed = cloudpickle.dumps(pytree.to_device(micro_batches, torch.device("cpu")))
         self._buffers = None
-        before = {name: copy_of(buffer) for name, buffer in named_buffers(self._holder()).items()}
+        before = {name: copy_of(buffer) for name, buffer in named_buffers(self._holder).items()}
         with self.recorder.step() as record:
             seed = seed_for(self.ctx, step, self.peers.rank)
             take_step(self.case, self.wrapped, self.optimizer, micro_batches, seed)

@@ -59,22 +59,22 @@ def build_alone(case: TrainingCase, ctx: CheckContext) -> Any:
 def as_if_wrapped(model: Any) -> Any:
     """The same object with ``.module`` (itself) and ``.no_sync()`` (nothing), where it has none.
 
-    A step written for DistributedDataParallel then runs without it, with no data-parallel code at all;
-    class, attributes and parameter names stay what they are.
+    A step written for DistributedDataParallel then runs without it, with no data-parallel code at all.
+    Plain instance attributes: the class stays what it is, no submodule is added, and the model can still be
+    copied and pickled, which a step may do (a moving average, a snapshot).
     """
-    added: dict[str, Any] = {}
-    if not hasattr(model, "module"):
-        added["module"] = property(lambda self: self)
-    for name in ("no_sync", "join"):
+    added = {"module": model, "no_sync": _nothing, "join": _nothing}
+    for name, value in added.items():
         if not hasattr(model, name):
-            added[name] = lambda self, *args, **kwargs: contextlib.nullcontext()
-    if added:
-        kind = type(model)
-        named = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-        # A class whose layout forbids this has no user step to serve anyway.
-        with contextlib.suppress(TypeError):
-            model.__class__ = type(kind.__name__, (kind,), {**named, **added})
+            # A layout that forbids this has no user step to serve anyway.
+            with contextlib.suppress(AttributeError, TypeError):
+                object.__setattr__(model, name, value)  # nn.Module's own would register a submodule
     return model
+
+
+def _nothing(*args: Any, **kwargs: Any) -> contextlib.AbstractContextManager[None]:
+    """In the module's namespace, so that pickle finds it."""
+    return contextlib.nullcontext()
 
 
 def trained_parameters(model: Any, wrapped: Any, optimizer: Any) -> dict[str, Any]:

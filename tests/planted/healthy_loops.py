@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from typing import Any
 
 import torch
@@ -224,3 +226,30 @@ def student_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
 @healthy
 def teacher_that_follows() -> TrainingCase:
     return case("teacher_that_follows", model=Student, step=student_step)
+
+
+class SnapshotStep:
+    """Keeps a moving average of the model, saves the model whole, and is particular about its class."""
+
+    def __init__(self) -> None:
+        self.average: Any = None
+
+    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+        inner = model.module if isinstance(model, DDP) else model
+        assert type(inner) is Net
+        self.average = self.average or copy.deepcopy(inner)
+        optimizer.zero_grad()
+        value = loss(model, micro_batches[0])
+        value.backward()
+        optimizer.step()
+        torch.save(inner, io.BytesIO())
+        copy.deepcopy(model)
+        with torch.no_grad():
+            for mean, parameter in zip(self.average.parameters(), inner.parameters(), strict=True):
+                mean.lerp_(parameter, 0.1)
+        return value.detach()
+
+
+@healthy
+def model_copied_and_saved() -> TrainingCase:
+    return case("model_copied_and_saved", step=SnapshotStep())
