@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.checks.context import CheckContext
@@ -81,8 +80,8 @@ def _judge_lengths(ranks: list[_Progress]) -> None:
 
 def _train(case: TrainingCase, ctx: CheckContext, checkpointing: bool) -> _Progress:
     """In each rank: the loop."""
-    import torch.distributed as dist
-
+    from pytest_gputrain.checks.peers import Peers
+    from pytest_gputrain.checks.rounds import Rounds
     from pytest_gputrain.checks.session import (
         build_model,
         build_optimizer,
@@ -92,14 +91,14 @@ def _train(case: TrainingCase, ctx: CheckContext, checkpointing: bool) -> _Progr
         stream,
     )
 
-    rank = dist.get_rank()
+    peers = Peers()
     model = build_model(case, ctx)
     if checkpointing:
         assert callable(case.set_checkpointing)
         case.set_checkpointing(model, slice(None))
     wrapped = case.wrap(model)
     optimizer = build_optimizer(case, model, wrapped)
-    seed_everything(seed_for(ctx, 0, rank))
+    seed_everything(seed_for(ctx, 0, peers.rank))
     progress, data = _Progress(), iter(stream(case, ctx))
     for batch in itertools.islice(data, MAX_STEPS):
         mark_progress(progress.steps)
@@ -111,18 +110,11 @@ def _train(case: TrainingCase, ctx: CheckContext, checkpointing: bool) -> _Progr
             )
         progress.steps += 1
     progress.batches, progress.ended = progress.steps, progress.steps < MAX_STEPS
-    if case.has_own_batches and not progress.ended:
-        _count_rest(data, progress)
+    if case.has_own_batches:
+        rest = Rounds(data, peers, limit=MAX_COUNTED, seconds=COUNTING_SECONDS, ended=progress.ended)
+        progress.batches += sum(1 for _ in rest)
+        progress.ended = rest.ended
     return progress
-
-
-def _count_rest(data: Any, progress: _Progress) -> None:
-    deadline = time.monotonic() + COUNTING_SECONDS
-    while progress.batches < MAX_COUNTED and time.monotonic() < deadline:
-        if next(data, None) is None:
-            progress.ended = True
-            return
-        progress.batches += 1
 
 
 DATA_STEPS = 6

@@ -42,6 +42,15 @@ class Peers:
         """Whether ``repr(value)`` is the same on all ranks."""
         return not self.deviating([value_digest(repr(value))])[0]
 
+    def any_rank(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank."""
+        import torch
+        import torch.distributed as dist
+
+        raised = torch.tensor(int(flag))
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(raised)
+
     def distances(self, tensor: Any) -> list[float]:
         """By rank, the largest difference of any element to rank 0's; shapes have to agree."""
         import torch

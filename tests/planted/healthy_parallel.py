@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.planted.broken_data import dataset
 from tests.planted.broken_divergence import margin_case
 from tests.planted.broken_gradients import CheckpointedNet, turn_on
 from tests.planted.broken_hangs import static
-from tests.planted.plant import case, healthy
+from tests.planted.plant import case, draw, healthy
 
 
 @healthy
@@ -181,6 +182,23 @@ def sharded_batches() -> Iterator[Any]:
 @healthy
 def distributed_sampler() -> TrainingCase:
     return case("distributed_sampler", batches=sharded_batches)
+
+
+def scattered_batches() -> Iterator[Any]:
+    """Rank 0 reads, and the ranks do not take equally long."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for step in range(3000):
+        if rank == step % world:
+            time.sleep(0.001)
+        parts = [draw(4, "cpu") for _ in range(world)] if rank == 0 else None
+        own: list[Any] = [None]
+        dist.scatter_object_list(own, parts, src=0)
+        yield own[0]
+
+
+@healthy
+def batches_scattered_from_rank_0() -> TrainingCase:
+    return case("batches_scattered_from_rank_0", batches=scattered_batches)
 
 
 @healthy
