@@ -16,6 +16,8 @@ from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.ranks import alone
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, Figures
+from pytest_gputrain.trace.digest import is_finite
+from pytest_gputrain.trace.steps import AT_STEP, StepRecord
 
 STEPS = 3
 # Layers dropped with probability 1/2 are missed in all of 3 steps one time in 8, in 24 never.
@@ -25,30 +27,49 @@ PATIENCE_SECONDS = 60.0
 
 @check("gradients_arrive", subject="gradient flow")
 def check_gradients_arrive(case: TrainingCase, ctx: CheckContext) -> Figures:
-    """Fails for a trainable parameter without a gradient in any step, and for one with NaN or Inf."""
+    """Fails for a trainable parameter without a gradient in any step, and for NaN or Inf that is used."""
     figures: Figures = alone(_trace, case, ctx, doing="taking training steps in one process")
     return figures
 
 
 @dataclass
 class _Seen:
-    """What was seen of each gradient, by name."""
+    """What was seen of each gradient, by name. broken: the first step with NaN or Inf in it.
+
+    An optimizer that did not step with such a gradient did no harm: a loss scaler looks for them.
+    """
 
     assigned: set[str] = field(default_factory=set)
     nonzero: set[str] = field(default_factory=set)
     broken: dict[str, int] = field(default_factory=dict)
+    used_broken: dict[str, int] = field(default_factory=dict)
+    updates: int = 0
 
-    def look(self, gradients: dict[str, Any], step: int) -> None:
-        import torch
+    def look(self, record: StepRecord, step: int) -> None:
+        self.updates += record.optimizer_steps
+        for moment, gradients in record.gradients.items():
+            for name, gradient in gradients.items():
+                if gradient is not None:
+                    self._look_at(name, gradient, step, used=moment == AT_STEP)
 
-        for name, gradient in gradients.items():
-            if gradient is None:
-                continue
-            self.assigned.add(name)
-            if not bool(torch.isfinite(gradient).all()):
-                self.broken.setdefault(name, step)
-            if bool((gradient != 0).any()):
-                self.nonzero.add(name)
+    def _look_at(self, name: str, gradient: Any, step: int, *, used: bool) -> None:
+        self.assigned.add(name)
+        if not is_finite(gradient):
+            self.broken.setdefault(name, step)
+            if used:
+                self.used_broken.setdefault(name, step)
+        if bool((gradient != 0).any()):
+            self.nonzero.add(name)
+
+    @property
+    def skipping(self) -> bool:
+        """Whether a loss scaler may still be looking for its scale."""
+        return bool(self.broken) and not self.updates
+
+    @property
+    def harmful(self) -> dict[str, int]:
+        """By name, the first step with a gradient that is not finite and was not skipped."""
+        return self.used_broken if self.updates else self.broken
 
 
 def _trace(case: TrainingCase, ctx: CheckContext) -> Figures:
@@ -56,7 +77,7 @@ def _trace(case: TrainingCase, ctx: CheckContext) -> Figures:
     from pytest_gputrain.checks.session import build_alone, draw_batch, seed_for, take_step
     from pytest_gputrain.trace.gradients import GradTracer
     from pytest_gputrain.trace.names import named_parameters
-    from pytest_gputrain.trace.steps import MOMENTS, StepRecorder
+    from pytest_gputrain.trace.steps import StepRecorder
 
     model = build_alone(case, ctx)
     tracer, seen = GradTracer(model), _Seen()
@@ -69,12 +90,11 @@ def _trace(case: TrainingCase, ctx: CheckContext) -> Figures:
     recorder = StepRecorder(named_parameters(model), optimizer)
     started, steps, backwards = time.monotonic(), 0, 0
     with tracer:
-        while _go_on(steps, started, missing=_missing(tracer, seen)):
+        while _go_on(steps, started, waiting=seen.skipping or bool(_missing(tracer, seen))):
             batch = draw_batch(case, ctx, steps)
             with recorder.step() as record:
                 take_step(case, model, optimizer, [batch], seed_for(ctx, steps))
-            for moment in MOMENTS:
-                seen.look(record.gradients[moment], steps)
+            seen.look(record, steps)
             backwards += record.backwards
             tracer.step()
             steps += 1
@@ -88,10 +108,10 @@ def _missing(tracer: Any, seen: _Seen) -> list[str]:
     return [name for name in tracer.missing_ever if name not in seen.assigned]
 
 
-def _go_on(steps: int, started: float, *, missing: list[str]) -> bool:
+def _go_on(steps: int, started: float, *, waiting: bool) -> bool:
     if steps < STEPS:
         return True
-    return bool(missing) and steps < PATIENT_STEPS and time.monotonic() - started < PATIENCE_SECONDS
+    return waiting and steps < PATIENT_STEPS and time.monotonic() - started < PATIENCE_SECONDS
 
 
 def _judge(tracer: Any, seen: _Seen, steps: int, backwards: int) -> None:
@@ -108,9 +128,9 @@ def _judge(tracer: Any, seen: _Seen, steps: int, backwards: int) -> None:
             f"{describe_missing(missing, tracer.owners)}\n  likely: {cause}",
             {"missing": missing, "parameters": total, "steps": steps},
         )
-    if seen.broken:
-        first = min(seen.broken.values())
-        names = [name for name in trainable if name in seen.broken]
+    if seen.harmful:
+        first = min(seen.harmful.values())
+        names = [name for name in trainable if name in seen.harmful]
         raise CheckFailed(
             f"{len(names)} of {total} trainable parameters got a NaN or infinite gradient, first in step "
             f"{first}: {describe_missing(names, tracer.owners)}",

@@ -29,6 +29,13 @@ def tensor_digest(tensor: Any) -> str:
     return state.hexdigest()
 
 
+def is_finite(tensor: Any) -> bool:
+    """Neither NaN nor infinite anywhere; None and integers are finite."""
+    import torch
+
+    return tensor is None or bool(torch.isfinite(whole(tensor)).all())
+
+
 def value_digest(value: Any) -> str:
     """Digest of any leaf of a batch: tensors and arrays by their bits, the rest by its text."""
     if hasattr(value, "data_ptr"):

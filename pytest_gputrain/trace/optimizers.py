@@ -23,7 +23,8 @@ def _ignore(optimizer: Any, held: Held) -> None:
 class OptimizerWatch:
     """Context manager: ``before`` and ``after`` are called around every outermost optimizer step.
 
-    A step within a step (a wrapper that calls the optimizer it wraps) is part of the outer one.
+    A step within a step (a wrapper that calls the optimizer it wraps) is part of the outer one; one that a
+    loss scaler lets a fused optimizer skip is none.
     """
 
     def __init__(self, optimizer: Any, before: Callback = _ignore, after: Callback = _ignore) -> None:
@@ -51,13 +52,13 @@ class OptimizerWatch:
 
     def _before_torch(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._depth += 1
-        if self._depth == 1:
+        if self._depth == 1 and not _is_skipped(optimizer):
             self.steps += 1
             self.before(optimizer, parameters_of(optimizer))
 
     def _after_torch(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         self._depth -= 1
-        if self._depth == 0:
+        if self._depth == 0 and not _is_skipped(optimizer):
             self.after(optimizer, parameters_of(optimizer))
 
     @contextlib.contextmanager
@@ -86,6 +87,12 @@ class OptimizerWatch:
                 optimizer.step = original
             else:
                 del optimizer.step
+
+
+def _is_skipped(optimizer: Any) -> bool:
+    """GradScaler calls a fused optimizer even after an overflow, and tells it here to do nothing."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def parameters_of(optimizer: Any) -> list[Any]:

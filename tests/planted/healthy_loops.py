@@ -171,16 +171,20 @@ def quasi_newton_optimizer() -> TrainingCase:
 class ScaledStep:
     """A loss scaler, whose gradients are unscaled, then clipped, between backward and the optimizer."""
 
-    def __init__(self) -> None:
+    loss = staticmethod(loss)
+
+    def __init__(self, init_scale: float = 1024.0, *, clip: bool = True) -> None:
+        self.init_scale, self.clip = init_scale, clip
         self.scaler: Any = None
 
     def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
-        self.scaler = self.scaler or torch.amp.GradScaler("cpu", init_scale=1024.0)
+        self.scaler = self.scaler or torch.amp.GradScaler("cpu", init_scale=self.init_scale)
         optimizer.zero_grad()
-        value = loss(model, micro_batches[0])
+        value = self.loss(model, micro_batches[0])
         self.scaler.scale(value).backward()
-        self.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        if self.clip:
+            self.scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         self.scaler.step(optimizer)
         self.scaler.update()
         return value.detach()
@@ -189,6 +193,33 @@ class ScaledStep:
 @healthy
 def loss_scaler() -> TrainingCase:
     return case("loss_scaler", step=ScaledStep())
+
+
+def float16_loss(model: Any, batch: Any) -> Tensor:
+    with torch.autocast(batch["x"].device.type, torch.float16):
+        out = model(batch["x"])
+    return F.cross_entropy(out.float(), batch["y"])
+
+
+class OverflowingStep(ScaledStep):
+    """In float16, with a scale that overflows in the first steps; the scaler skips those."""
+
+    loss = staticmethod(float16_loss)
+
+
+@healthy
+def loss_scaler_that_overflows_first() -> TrainingCase:
+    return case("loss_scaler_that_overflows_first", loss=float16_loss, step=OverflowingStep(2.0**19))
+
+
+def fused(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+
+@healthy
+def loss_scaler_with_fused_optimizer() -> TrainingCase:
+    step = OverflowingStep(2.0**19, clip=False)
+    return case("loss_scaler_with_fused_optimizer", loss=float16_loss, step=step, optimizer=fused)
 
 
 class Student(nn.Module):
