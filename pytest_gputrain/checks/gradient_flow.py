@@ -13,6 +13,7 @@ from typing import Any
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.finite import parameters_are_finite
 from pytest_gputrain.checks.ranks import alone
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, Figures
@@ -97,6 +98,7 @@ def _trace(case: TrainingCase, ctx: CheckContext) -> Figures:
             seen.look(record, steps)
             backwards += record.backwards
             tracer.step()
+            parameters_are_finite(model, steps, seen.used_broken)
             steps += 1
     _judge(tracer, seen, steps, backwards)
     silent = [name for name in tracer.trainable if name not in seen.nonzero]

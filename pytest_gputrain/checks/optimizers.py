@@ -11,6 +11,7 @@ from typing import Any
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.finite import parameters_are_finite
 from pytest_gputrain.checks.ranks import alone
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, Figures
@@ -34,6 +35,7 @@ class _Book:
     parameters: dict[str, Any]
     held: set[str] = field(default_factory=set)
     twice: dict[str, list[str]] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
     moved: set[str] = field(default_factory=set)
     moved_in_update: set[str] = field(default_factory=set)
     pushed: set[str] = field(default_factory=set)
@@ -108,12 +110,14 @@ class _Book:
         """Whether this parameter has a gradient, and one that its precision can turn into a movement."""
         import torch
 
-        from pytest_gputrain.trace.digest import whole
+        from pytest_gputrain.trace.digest import is_finite, whole
 
         parameter = self.parameters[name]
         gradient = parameter.grad
         if gradient is None:
             return
+        if not is_finite(gradient):
+            self.broken.add(name)
         gradient = whole(gradient).abs().double()
         if not bool((gradient != 0).any()):
             return
@@ -156,6 +160,7 @@ def _watch(case: TrainingCase, ctx: CheckContext) -> Figures:
         with watch, patched_backward(book.after_backward):
             take_step(case, model, optimizer, [batch], seed_for(ctx, steps))
         book.moved |= changed(before, book.parameters)
+        parameters_are_finite(model, steps, book.broken)
         steps += 1
     _judge_hidden(model, book)
     return _judge(book, trainable, owners(model), steps)

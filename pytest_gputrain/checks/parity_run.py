@@ -9,9 +9,10 @@ from typing import Any
 from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.case.loading import describe
 from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.finite import in_words, not_finite
 from pytest_gputrain.checks.parity import ACCUMULATING_STEP, NUM_MICRO_BATCHES, STEPS, RankRun, StepFacts
 from pytest_gputrain.checks.peers import Peers, digests_of
-from pytest_gputrain.trace.digest import value_digest
+from pytest_gputrain.trace.digest import is_finite, value_digest
 from pytest_gputrain.trace.names import named_buffers, owners
 from pytest_gputrain.trace.steps import (
     AFTER_BACKWARD,
@@ -71,7 +72,9 @@ class _Run:
             record, facts = self._take(step, micro_batches)
             self.report.steps.append(facts)
             self._compare_gradients(step, record, facts)
-            self.report.problem = self._difference(f"after step {step}", record, micro_batches)
+            self.report.problem = self._not_finite(step, record) or self._difference(
+                f"after step {step}", record, micro_batches
+            )
         self._save("parameters", STEPS, {n: copy_of(p) for n, p in self.parameters.items()})
         self.report.same_data = bool(same) and all(same)
 
@@ -155,6 +158,19 @@ class _Run:
         self._save("gradients", step, record.gradients)
         for number, update in enumerate(record.updates):
             self._save(f"update-{number}", step, update)
+
+    def _not_finite(self, step: int, record: StepRecord) -> str | None:
+        """Why a rank's parameters are no numbers, or None; weights equal in being NaN are no parity."""
+        broken = set(not_finite(self.parameters))
+        by_name = self.peers.flagged([name in broken for name in self.parameters])
+        ranks = {n: ranks for n, ranks in zip(self.parameters, by_name, strict=True) if ranks}
+        if not ranks:
+            return None
+        where = sorted({rank for own in ranks.values() for rank in own})
+        everywhere = len(where) == self.peers.world_size
+        when = f"after step {step} on {'every rank' if everywhere else f'rank {where[0]}'}"
+        gradients = {n for n, g in record.gradients[AT_STEP].items() if not is_finite(g)}
+        return in_words(list(ranks), self.parameters, owners(self.model), when, gradients)
 
     def _difference(
         self, when: str, record: StepRecord | None = None, micro_batches: list[Any] | None = None

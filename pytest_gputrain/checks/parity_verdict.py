@@ -23,13 +23,16 @@ SAME_FACTOR = 0.02
 
 @dataclass(frozen=True)
 class Deviation:
-    """One parameter that is off. ratio: the factor that explains most of it; rest: what it leaves."""
+    """One parameter that is off. ratio: the factor that explains most of it; rest: what it leaves.
+
+    words: what is said of it in place of "off by".
+    """
 
     name: str
     error: float
     ratio: float
     rest: float
-    missing: bool = False
+    words: str = ""
 
 
 @dataclass
@@ -56,6 +59,7 @@ class Verdicts:
         self.notes: list[str] = []
         self.lossy: set[str] = set()
         self.compared: set[str] = set()
+        self.overflown: set[str] = set()
         self.worst = 0.0
 
     def add_noise(self, name: str, relative: float) -> None:
@@ -95,7 +99,9 @@ class Verdicts:
         times = self.factor if factor is None else factor
         deviation = self._deviation(name, seen, expected * times, magnitude * times, kind, actual is None)
         size = max(float(magnitude.norm()), float(seen.norm()))
-        if 0 < size < float("inf"):  # neither zero everywhere nor overflown
+        if not size < float("inf"):
+            self.overflown.add(name)
+        elif size:
             into.compared += 1
             self.compared.add(name)
         if deviation is not None:
@@ -110,7 +116,11 @@ class Verdicts:
         if not bool(finite.all()):
             if bool((torch.isfinite(seen) == torch.isfinite(expected)).all()):
                 return None  # the loss scaler's business: both overflow in the same places
-            return Deviation(name, float("inf"), 1.0, 1.0, missing)
+            if missing:
+                words = "got none"
+            else:
+                words = "is finite where the reference is not" if _finite(seen) else "is NaN or infinite"
+            return Deviation(name, float("inf"), 1.0, 1.0, words)
         difference = seen.double() - expected.double()
         scale = max(float(magnitude.double().norm()), float(expected.double().norm()))
         error = float(difference.norm())
@@ -127,7 +137,8 @@ class Verdicts:
         ratio = float((seen.double() * expected.double()).sum()) / square if square else float("inf")
         norm = float(seen.double().norm())
         rest = float((seen.double() - ratio * expected.double()).norm()) / norm if square and norm else 1.0
-        return Deviation(name, error / scale if scale else float("inf"), ratio, rest, missing)
+        words = "got none" if missing else "" if scale else "is not zero, as the reference is"
+        return Deviation(name, error / scale if scale else float("inf"), ratio, rest, words)
 
     def compare_update(self, into: Comparison, name: str, seen: Any, expected: Any) -> None:
         difference, scale = float((seen - expected).double().norm()), float(expected.double().norm())
@@ -135,8 +146,10 @@ class Verdicts:
         if scale or difference:
             self.compared.add(name)
         if difference > UPDATE_TOLERANCE * scale:
-            error = difference / scale if scale else float("inf")
-            into.wrong.append(Deviation(name, error, 1.0, 1.0))
+            error, words = (
+                (difference / scale, "") if scale else (float("inf"), "moves, the reference does not")
+            )
+            into.wrong.append(Deviation(name, error, 1.0, 1.0, words))
 
     def rescaled(self, comparisons: list[Comparison]) -> list[Comparison]:
         """A summed loss may stay a sum over ranks or be averaged: both are what the case says."""
@@ -185,7 +198,7 @@ class Verdicts:
     def _named(self, wrong: list[Deviation]) -> str:
         texts = []
         for deviation in wrong[:5]:
-            how = "got none" if deviation.missing else f"off by {deviation.error:.1%}"
+            how = deviation.words or f"off by {deviation.error:.1%}"
             owner = f" ({self.owners[deviation.name]})" if deviation.name in self.owners else ""
             texts.append(f"{deviation.name}{owner} {how}")
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -217,6 +230,11 @@ class Verdicts:
 
     def figures(self, steps: int) -> Figures:
         """Raises CheckUndecided when nothing was compared: that must never read as a pass."""
+        if not self.compared and self.overflown:
+            raise CheckUndecided(
+                f"every gradient is NaN or infinite in all {steps} steps, so nothing could be compared; give "
+                "a loss scaler a smaller first scale"
+            )
         if not self.compared:
             raise CheckUndecided("every gradient is zero on all ranks, so nothing could be compared")
         if self.lossy:
@@ -232,6 +250,12 @@ class Verdicts:
         }
 
 
+def _finite(tensor: Any) -> bool:
+    import torch
+
+    return bool(torch.isfinite(tensor).all())
+
+
 def _is_factor(deviation: Deviation, factor: float) -> bool:
     close = abs(deviation.ratio - factor) <= SAME_FACTOR * abs(factor)
-    return close and deviation.rest <= SAME_FACTOR and not deviation.missing
+    return close and deviation.rest <= SAME_FACTOR and not deviation.words

@@ -38,6 +38,18 @@ class Peers:
             [rank for rank in range(self.world_size) if differs[rank][item]] for item in range(len(digests))
         ]
 
+    def flagged(self, flags: Sequence[bool]) -> list[list[int]]:
+        """By item, the ranks whose flag is set."""
+        import torch
+        import torch.distributed as dist
+
+        own = torch.tensor([*flags, False], dtype=torch.uint8)
+        gathered = [torch.empty_like(own) for _ in range(self.world_size)]
+        dist.all_gather(gathered, own, group=self._group)
+        return [
+            [rank for rank in range(self.world_size) if gathered[rank][item]] for item in range(len(flags))
+        ]
+
     def all_equal(self, value: Any) -> bool:
         """Whether ``repr(value)`` is the same on all ranks."""
         return not self.deviating([value_digest(repr(value))])[0]
