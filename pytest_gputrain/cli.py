@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING_RAN, EXIT_INTERRUPTED = 0, 1, 2, 5, 130
 DEVICES = ("cpu", "cuda")
+LINE_WIDTH = 120  # of a message in the table; it stands below in full
 
 
 class _UsageError(Exception):
@@ -165,7 +166,7 @@ def _table(cases: list[str], checks: Sequence[str]) -> Callable[[CheckResult], N
     def show(result: CheckResult) -> None:
         figures = ", ".join(_figure(name, value) for name, value in result.figures.items() if value != [])
         # Of what did not pass the first line says more than its figures; the full text comes below.
-        said = figures if result.outcome == "passed" else _first_line(result.message)
+        said = figures if result.outcome == "passed" else _cut(_first_line(result.message))
         line(result.case, result.check, result.outcome, f"{result.seconds:.1f}", said)
 
     line("case", "check", "outcome", "seconds", "figures")
@@ -176,6 +177,10 @@ def _figure(name: str, value: object) -> str:
     if isinstance(value, list):
         return f"{name} {' '.join(map(str, value))}"
     return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LINE_WIDTH else text[: LINE_WIDTH - 3] + "..."
 
 
 def _first_line(message: str) -> str:

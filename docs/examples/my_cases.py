@@ -1,5 +1,7 @@
 """A training case: your loop taken apart into named functions. The model is of the transformers library."""
 
+import dataclasses
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,3 +24,12 @@ def loss(model, batch):
 
 
 llama = TrainingCase(name="llama", model=model, batch=batch, loss=loss)
+
+
+def model_with_a_detached_branch():
+    broken = model()
+    broken.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output.detach())
+    return broken
+
+
+detached = dataclasses.replace(llama, name="detached", model=model_with_a_detached_branch)

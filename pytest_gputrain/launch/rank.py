@@ -246,11 +246,13 @@ def safe_str(error: BaseException) -> str:
 
 
 def skip_machinery(tb: TracebackType | None) -> TracebackType | None:
-    """The traceback from the user's first frame on."""
-    own = str(Path(__file__).resolve().parent)
-    while tb is not None and (tb.tb_frame.f_code.co_filename.startswith((own, "<frozen runpy>"))):
-        tb = tb.tb_next
-    return tb
+    """The traceback from the user's first frame on; whole if there is none."""
+    package = Path(__file__).resolve().parent.parent
+    own = ("<frozen runpy>", *(f"{package}/{room}/" for room in ("launch", "checks", "case", "trace")))
+    first = tb
+    while first is not None and first.tb_frame.f_code.co_filename.startswith(own):
+        first = first.tb_next
+    return first or tb
 
 
 def format_error(error: BaseException, tb: TracebackType | None) -> str:

@@ -92,17 +92,21 @@ class LaunchResult:
         return self.cause is not None and rank.rank == self.cause.rank and rank.state in ("failed", "crashed")
 
     def _traceback(self) -> list[str]:
-        texts = {
-            r.rank: r.error.traceback
-            for r in self.ranks
-            if r.error and not r.error.is_victim and r.state == "failed"
+        """The tracebacks, one for ranks that raised the same at the same line; else the stacks."""
+        shown: list[str] = []
+        errors = {
+            r.rank: r.error for r in self.ranks if r.error and r.state == "failed" and not r.error.is_victim
         }
-        if not texts and self.verdict is not Verdict.PASSED:
-            texts = {r.rank: r.stacks for r in self.ranks if r.stacks}
-        shown = []
-        for ranks, text in output.grouped(texts)[:4]:
+        alike: dict[tuple[str, str | None], list[int]] = {}
+        for rank, error in errors.items():
+            alike.setdefault((error.type, error.location), []).append(rank)
+        for ranks in list(alike.values())[:4]:
             shown.append(f"--- {output.rank_list(ranks)}")
-            shown.append(output.last_lines(text, _TRACE_LINES))
+            shown.append(output.last_lines(errors[ranks[0]].traceback, _TRACE_LINES))
+        if errors:
+            return shown
+        for ranks, text in output.grouped({r.rank: r.stacks for r in self.ranks if r.stacks})[:4]:
+            shown += [f"--- {output.rank_list(ranks)}", output.last_lines(text, _TRACE_LINES)]
         return shown
 
     def _outputs(self) -> list[str]:

@@ -70,6 +70,16 @@ def test_the_command_line_on_the_examples_case() -> None:
     assert done.stdout.endswith("2 passed, 0 failed, 0 skipped\n")
 
 
+def test_the_broken_case_that_the_readme_shows() -> None:
+    done = run("pytest_gputrain", "check", "my_cases:detached")
+    assert done.returncode == 1
+    for line in done.stdout.splitlines()[:4]:
+        shown = re.sub(r" +\d+\.\d ", " N ", line)
+        assert shown in re.sub(r" +\d+\.\d ", " N ", README)
+    assert done.stdout.endswith("2 passed, 3 failed, 1 skipped\n")
+    assert "2 passed, 3 failed, 1 skipped\n" in README
+
+
 def test_every_python_file_is_run_by_one_of_these() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "test_uneven.py",
