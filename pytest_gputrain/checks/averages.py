@@ -16,14 +16,15 @@ class Average:
     def __init__(self, weights: Sequence[float]) -> None:
         self.weights = list(weights)
         self.total: dict[str, Tensors] = {moment: {} for moment in MOMENTS}
-        self.plain: Tensors = {}
         self.magnitude: dict[str, Tensors] = {moment: {} for moment in MOMENTS}
         self._added = 0
+        self._norms: dict[str, float] = {}
 
     def add(self, gradients: dict[str, Tensors]) -> None:
         """The next rank's gradients."""
         weight = self.weights[self._added]
         self._added += 1
+        self._norms.clear()
         for moment in MOMENTS:
             for name, gradient in gradients[moment].items():
                 if gradient is None:
@@ -31,6 +32,13 @@ class Average:
                 value = wide(gradient)
                 _accumulate(self.total[moment], name, value * weight)
                 _accumulate(self.magnitude[moment], name, value.abs() * weight)
+
+    def norm(self, moment: str) -> float:
+        """Of the whole gradient at one moment: what rounding is to be related to."""
+        if moment not in self._norms:
+            squares = [float(value.double().square().sum()) for value in self.total[moment].values()]
+            self._norms[moment] = sum(squares) ** 0.5
+        return self._norms[moment]
 
     def at(self, name: str, moment: str, *, like: Any) -> Any:
         total = self.total[moment].get(name)

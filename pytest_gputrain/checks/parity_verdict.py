@@ -12,6 +12,8 @@ from pytest_gputrain.trace.names import Owner
 # Relative to the ranks' gradients. Averages are sums in another order, so a few roundings; anything that is
 # wrong (a factor, a missing rank) is off by tens of percent.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
+# Relative to the whole gradient: a bias before a norm layer has a gradient of nothing but rounding.
+ROUNDING = {"float64": 1e-15, "float32": 1e-6, "float16": 1e-3, "bfloat16": 8e-3}
 # An Adam step turns a rounding of a tiny gradient into a change of sign.
 UPDATE_TOLERANCE = 0.05
 # What sending gradients as bfloat16 costs an element: a rounding on every rank and one in the sum.
@@ -19,6 +21,7 @@ COMPRESSION = 2.0**-7
 COMPRESSION_UNDERFLOW = 6e-8  # smallest float16
 NOT_REPEATABLE = 0.05
 SAME_FACTOR = 0.02
+_INFINITE = float("inf")
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,10 @@ class Verdicts:
         seen = torch.zeros_like(expected) if actual is None else wide(actual)
         kind = actual.dtype if actual is not None else expected.dtype
         times = self.factor if factor is None else factor
-        deviation = self._deviation(name, seen, expected * times, magnitude * times, kind, actual is None)
+        if _is_rounding(seen - expected * times, average.norm(moment) * times, kind):
+            deviation = None
+        else:
+            deviation = self._deviation(name, seen, expected * times, magnitude * times, kind, actual is None)
         size = max(float(magnitude.norm()), float(seen.norm()))
         if not size < float("inf"):
             self.overflown.add(name)
@@ -248,6 +254,19 @@ class Verdicts:
             "worst": self.worst,
             "notes": self.notes,
         }
+
+
+def _is_rounding(difference: Any, whole_norm: float, kind: Any) -> bool:
+    label = str(kind).removeprefix("torch.")
+    return (
+        float(difference.double().norm()) <= ROUNDING.get(label, ROUNDING["float32"]) * whole_norm < _INFINITE
+    )
+
+
+def is_rounding_only(name: str, average: Average, moment: str, kind: Any) -> bool:
+    """Whether the parameter's whole gradient is rounding: its sign is chance, and so is Adam's update."""
+    total = average.total[moment].get(name)
+    return total is not None and _is_rounding(total, average.norm(moment), kind)
 
 
 def _finite(tensor: Any) -> bool:

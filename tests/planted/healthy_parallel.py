@@ -204,3 +204,27 @@ def batches_scattered_from_rank_0() -> TrainingCase:
 @healthy
 def loss_weights_averaged_by_hand() -> TrainingCase:
     return margin_case("loss_weights_averaged_by_hand", reduce=True)
+
+
+class NormOverRanks(nn.Module):
+    """Batch statistics over all ranks, made by hand; the bias before them has a gradient of rounding only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layer(x)
+        moments = torch.stack([hidden.mean(0), hidden.square().mean(0)])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            from torch.distributed.nn.functional import all_reduce
+
+            moments = all_reduce(moments) / dist.get_world_size()
+        spread = (moments[1] - moments[0].square() + 1e-5).rsqrt()
+        out: Tensor = self.head(F.gelu((hidden - moments[0]) * spread))
+        return out
+
+
+@healthy
+def bias_before_a_norm_over_ranks() -> TrainingCase:
+    return case("bias_before_a_norm_over_ranks", model=NormOverRanks)
