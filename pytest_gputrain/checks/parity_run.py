@@ -13,7 +13,7 @@ from pytest_gputrain.checks.finite import in_words, not_finite
 from pytest_gputrain.checks.parity import ACCUMULATING_STEP, NUM_MICRO_BATCHES, STEPS, RankRun, StepFacts
 from pytest_gputrain.checks.peers import Peers, digests_of
 from pytest_gputrain.trace.digest import is_finite, value_digest
-from pytest_gputrain.trace.names import named_buffers, owners
+from pytest_gputrain.trace.names import canonical_name, named_buffers, owners
 from pytest_gputrain.trace.steps import (
     AFTER_BACKWARD,
     AT_STEP,
@@ -40,8 +40,10 @@ class _Run:
         self.wrapped = case.wrap(self.model)
         self.optimizer = build_optimizer(case, self.model, self.wrapped)
         everything = trained_parameters(self.model, self.wrapped, self.optimizer)
-        ignored = set(getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()))
-        self.parameters = {name: p for name, p in everything.items() if name not in ignored}
+        ignored = {canonical_name(n) for n in getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())}
+        # Frozen ones may differ as they like; those that train are compared, but for how they start.
+        self.ignored = {n for n, p in everything.items() if n in ignored and p.requires_grad}
+        self.parameters = {n: p for n, p in everything.items() if n not in ignored or n in self.ignored}
         self.recorder = StepRecorder(self.parameters, self.optimizer)
         self.report = RankRun()
         self._buffers: dict[str, Any] | None = None
@@ -178,6 +180,8 @@ class _Run:
         """Why the ranks' parameters are not equal, or None; the same text on all ranks."""
         deviating = self.peers.deviating(digests_of(self.parameters))
         differing = {n: ranks for n, ranks in zip(self.parameters, deviating, strict=True) if ranks}
+        if record is None:
+            differing = {n: ranks for n, ranks in differing.items() if n not in self.ignored}
         if not differing:
             return None
         # The one that is furthest off says most; measuring all of them would send the model around.
@@ -195,6 +199,11 @@ class _Run:
     def _why(
         self, differing: dict[str, list[int]], record: StepRecord | None, micro_batches: list[Any] | None
     ) -> str:
+        if set(differing) <= self.ignored:
+            return (
+                "they are in the model's _ddp_params_and_buffers_to_ignore, so each rank trains its own; if "
+                "that is meant (expert parallelism), put ddp_parity in the case's expected_failures"
+            )
         if record is None:
             return "the ranks start from different weights, and wrap does not broadcast rank 0's"
         if not set(differing) & set(self._unsynced):

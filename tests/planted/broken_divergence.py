@@ -150,3 +150,16 @@ def by_hand_but_one(model: Any) -> nn.Module:
 @broken({"ddp_parity": "blocks.1.norm.bias (in blocks.1.norm, LayerNorm)"})
 def one_small_parameter_not_reduced() -> TrainingCase:
     return case("one_small_parameter_not_reduced", wrap=by_hand_but_one, step=by_hand_step)
+
+
+class IgnoredHead(Net):
+    """As a list of names that was right for another model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ddp_params_and_buffers_to_ignore = ["head.bias"]
+
+
+@broken({"ddp_parity": "they are in the model's _ddp_params_and_buffers_to_ignore"})
+def parameter_on_the_ignore_list() -> TrainingCase:
+    return case("parameter_on_the_ignore_list", model=IgnoredHead)
