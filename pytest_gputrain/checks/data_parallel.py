@@ -1,4 +1,4 @@
-"""Does the loop get through on several ranks, and does every rank see data of its own?
+"""Does the loop get through on several ranks?
 
 Runs the case's own loop: model, wrap, optimizer, then its step over its data. Whether the ranks compute the
 right thing is for ``ddp_parity`` to say.
@@ -10,7 +10,7 @@ import itertools
 import time
 from dataclasses import dataclass
 
-from pytest_gputrain.case import TrainingCase, pytree
+from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.ranks import mark_progress, on_ranks
 from pytest_gputrain.checks.registry import check
@@ -115,113 +115,3 @@ def _train(case: TrainingCase, ctx: CheckContext, checkpointing: bool) -> _Progr
         progress.batches += sum(1 for _ in rest)
         progress.ended = rest.ended
     return progress
-
-
-DATA_STEPS = 6
-# Twice: with a handful of possible batches, two ranks may draw the same one once.
-SAME_STEPS = 2
-# A leaf with fewer elements may well be meant to be the same everywhere (a step, a bucket, a noise level).
-DATA_ELEMENTS = 16
-
-Digests = dict[str, str]
-
-
-@check("ddp_data_differs", subject="data parallel")
-def check_ddp_data_differs(case: TrainingCase, ctx: CheckContext) -> Figures:
-    """Fails when two ranks train on the same data."""
-    ranks: list[list[tuple[Digests, list[str]]]] = on_ranks(
-        _draw, case, ctx, world_size=ctx.world_size, doing=f"drawing batches on {ctx.world_size} ranks"
-    )
-    steps = min(len(batches) for batches in ranks)
-    if steps == 0:
-        raise CheckFailed("batches() gave no batch on any rank; it has to give the data of one epoch or more")
-    digests = [[leaf_digests for leaf_digests, _ in batches] for batches in ranks]
-    large = set(ranks[0][0][1])
-    figures: Figures = {"ranks": ctx.world_size, "steps": steps}
-    for one, other in itertools.combinations(range(ctx.world_size), 2):
-        _judge_pair(digests[one][:steps], digests[other][:steps], (one, other), large, figures)
-    return figures
-
-
-def _draw(case: TrainingCase, ctx: CheckContext) -> list[tuple[Digests, list[str]]]:
-    """In each rank: the digest of every leaf of its first batches, and which leaves are large."""
-    import torch.distributed as dist
-
-    from pytest_gputrain.checks.session import seed_everything, seed_for, stream
-    from pytest_gputrain.trace.digest import value_digest
-
-    # A stream that draws from the global generator is healthy: ranks are seeded apart, once.
-    seed_everything(seed_for(ctx, 0, dist.get_rank()))
-    drawn = []
-    for batch in itertools.islice(stream(case, ctx), DATA_STEPS):
-        found = list(pytree.leaves(batch))
-        large = [path for path, leaf in found if pytree.is_tensor(leaf) and leaf.numel() >= DATA_ELEMENTS]
-        drawn.append(({path: value_digest(leaf) for path, leaf in found}, large))
-    return drawn
-
-
-def _judge_pair(
-    one: list[Digests], other: list[Digests], pair: tuple[int, int], large: set[str], figures: Figures
-) -> None:
-    """Raises CheckFailed when these two ranks see the same data."""
-    varying = _varying(one) | _varying(other)
-    data = varying or set(one[0]) | set(other[0])
-    mine, theirs = [_only(step, data) for step in one], [_only(step, data) for step in other]
-    same = [step for step, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a == b]
-    ranks = f"ranks {pair[0]} and {pair[1]}"
-    if len(same) >= min(SAME_STEPS, len(mine)):
-        where = (
-            "every step" if len(same) == len(mine) else f"steps {', '.join(map(str, same))} of {len(mine)}"
-        )
-        raise CheckFailed(f"{ranks} train on the same batch in {where}\n{_ADVICE}", {**figures, "same": same})
-    shift = _shift(mine, theirs)
-    if shift:
-        apart = f"{abs(shift)} step{'s' if abs(shift) > 1 else ''} apart"
-        raise CheckFailed(
-            f"{ranks} train on the same batches, {apart}\n{_ADVICE_SHIFT}",
-            {**figures, "shift": shift},
-        )
-    shared = sorted(
-        leaf
-        for leaf in varying & large
-        if all(a.get(leaf) == b.get(leaf) for a, b in zip(one, other, strict=True))
-    )
-    if shared and len(mine) >= 3:
-        raise CheckFailed(
-            f"{ranks} train on the same data in {', '.join(shared)} of the batch in every step; only the "
-            f"rest differs\n{_ADVICE}",
-            {**figures, "leaves": shared},
-        )
-
-
-_ADVICE = (
-    "  likely: every rank reads the data from the start; give each its own part (DistributedSampler, "
-    "dataset[rank::world_size]) or seed by rank"
-)
-_ADVICE_SHIFT = (
-    "  likely: a seed or offset like `step + rank`, which the next step of the rank before has too; "
-    "use `step * world_size + rank`"
-)
-
-
-def _varying(steps: list[Digests]) -> set[str]:
-    """Leaves that change from step to step; a mask or positions that never do are not data."""
-    leaves = set().union(*steps)
-    return {leaf for leaf in leaves if len({step.get(leaf) for step in steps}) > 1}
-
-
-def _only(step: Digests, leaves: set[str]) -> Digests:
-    return {leaf: digest for leaf, digest in step.items() if leaf in leaves}
-
-
-def _shift(one: list[Digests], other: list[Digests]) -> int:
-    """By how many steps one rank's batches are the other's, over three or more; 0 if they are not."""
-    texts = [[repr(sorted(step.items())) for step in steps] for steps in (one, other)]
-    if any(len(set(steps)) < len(steps) for steps in texts):
-        return 0  # a stream that repeats itself anyway
-    for shift in range(1, len(one) - 2):
-        if texts[0][shift:] == texts[1][:-shift]:
-            return shift
-        if texts[1][shift:] == texts[0][:-shift]:
-            return -shift
-    return 0

@@ -30,7 +30,7 @@ _HOMES = {
     "optimizer_covers": "optimizers",
     "ddp_completes": "data_parallel",
     "ddp_parity": "parity",
-    "ddp_data_differs": "data_parallel",
+    "ddp_data_differs": "data_differs",
 }
 
 
