@@ -14,6 +14,10 @@ from pytest_gputrain.checks.result import CheckResult
 
 OnResult = Callable[[CheckResult], None]
 
+# A hang costs the time it takes to be sure of it: a run that has one, and is red, pays for it once.
+_HANGS = ("HUNG", "TIMED_OUT")
+_AFTER_A_HANG = ("ddp_parity", "ddp_data_differs")
+
 
 def run_checks(
     case: TrainingCase,
@@ -29,7 +33,8 @@ def run_checks(
 
     timeout: seconds one launch may take; on_result: called as each result comes; launcher: starts the
     ranks, default the package's own. A check in ``case.expected_failures`` that fails is ``skipped``, with
-    the reason; one that passes is ``failed``.
+    the reason; one that passes is ``failed``. Once ``ddp_completes`` failed with a hang, ``ddp_parity`` and
+    ``ddp_data_differs`` are ``skipped``.
     Raises ValueError (CaseError) with one line for an unknown check, or a case whose model cannot be built
     or whose batch cannot be drawn.
     """
@@ -40,15 +45,27 @@ def run_checks(
     ids = chosen_ids(checks)
     ctx = CheckContext(device=device, world_size=world_size, timeout=timeout, launcher=launcher)
     preflight(case, ctx)
-    results = []
+    results: list[CheckResult] = []
     for check_id in ids:
-        result = with_expectation(
+        result = _after_a_hang(check_id, case, results) or with_expectation(
             get_check(check_id).function(case, ctx), case.expected_failures.get(check_id)
         )
         results.append(result)
         if on_result is not None:
             on_result(result)
     return results
+
+
+def _after_a_hang(check_id: str, case: TrainingCase, results: list[CheckResult]) -> CheckResult | None:
+    """The check as skipped, where its ranks would only hang again."""
+    if check_id not in _AFTER_A_HANG:
+        return None
+    for earlier in results:
+        hung = earlier.outcome == "failed" and earlier.figures.get("verdict") in _HANGS
+        if earlier.check == "ddp_completes" and hung:
+            line = earlier.message.partition("\n")[0]
+            return CheckResult(check_id, case.name, "skipped", f"ddp_completes hung: {line}")
+    return None
 
 
 def with_expectation(result: CheckResult, reason: str | None) -> CheckResult:

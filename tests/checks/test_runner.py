@@ -66,6 +66,24 @@ def test_expected_failure_is_skipped_with_its_reason_and_strict() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("outcome", "verdict", "skips"),
+    [("failed", "HUNG", True), ("failed", "FAILED", False), ("skipped", "HUNG", False)],
+)
+def test_a_hang_is_paid_for_once(
+    monkeypatch: pytest.MonkeyPatch, outcome: Any, verdict: str, skips: bool
+) -> None:
+    for check_id in ("ddp_completes", "ddp_parity", "ddp_data_differs"):
+        check = get_check(check_id)
+        first = check_id == "ddp_completes"
+        result = CheckResult(check_id, "tiny", outcome if first else "passed", "why\n", {"verdict": verdict})
+        function = lambda case, ctx, result=result: result  # noqa: E731 - bound now
+        monkeypatch.setitem(registry._CHECKS, check_id, dataclasses.replace(check, function=function))
+    results = run_checks(case("tiny"), checks=["ddp_completes", "ddp_parity", "ddp_data_differs"])
+    expected = ("skipped", "ddp_completes hung: why") if skips else ("passed", "why\n")
+    assert [(result.outcome, result.message) for result in results[1:]] == [expected] * 2
+
+
 @pytest.mark.parametrize("outcome", ["skipped", "error"])
 def test_only_failures_are_expected(outcome: Any) -> None:
     result = CheckResult("ddp_parity", "tiny", outcome, "why")
