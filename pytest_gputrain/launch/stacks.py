@@ -14,6 +14,7 @@ from types import TracebackType
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
+_CHECKING = (_PACKAGE + "/case/", _PACKAGE + "/checks/")
 _STDLIB = str(Path(os.__file__).parent) + os.sep
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 
@@ -82,11 +83,13 @@ def user_frame(frames: Sequence[Frame]) -> Frame | None:
     """The innermost frame in the user's own code.
 
     Their code is what is neither torch, nor the standard library, nor this package's machinery. An
-    installed third-party library counts only if nothing else is left.
+    installed third-party library counts only if nothing else is left, and this package's checks and
+    default steps only after that.
     """
     candidates = [frame for frame in frames if not _is_machinery(frame.file)]
-    own = [frame for frame in candidates if not _INSTALLED.search(frame.file)]
-    return own[0] if own else candidates[0] if candidates else None
+    theirs = [frame for frame in candidates if not frame.file.startswith(_CHECKING)]
+    own = [frame for frame in theirs if not _INSTALLED.search(frame.file)]
+    return next(iter(own or theirs or candidates), None)
 
 
 def in_collective(frames: Sequence[Frame]) -> bool:

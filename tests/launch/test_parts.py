@@ -42,6 +42,18 @@ def test_the_main_thread_the_user_frame_and_the_wait_are_found() -> None:
     assert stacks.user_frame([]) is None
 
 
+def test_the_checks_own_frames_are_named_only_where_nothing_else_is_left() -> None:
+    package = Path(stacks.__file__).parents[1]
+    names = [package / "case/defaults.py", package / "checks/peers.py", package / "launch/rank.py"]
+    step, vote, rank = (stacks.Frame(str(name), 1, "f") for name in names)
+    library = stacks.Frame("/usr/lib/python3/site-packages/transformers/trainer.py", 2, "loss")
+    user = stacks.Frame("/home/me/train.py", 3, "loss")
+    assert stacks.user_frame([step, library, user, vote, rank]) == user
+    assert stacks.user_frame([step, library, vote, rank]) == library
+    assert stacks.user_frame([step, vote, rank]) == step
+    assert stacks.user_frame([rank]) is None
+
+
 @given(st.lists(st.tuples(st.dictionaries(st.text(), st.integers()), st.binary(max_size=5000)), max_size=8))
 def test_frames_survive_any_cutting(frames: list[tuple[dict[str, int], bytes]]) -> None:
     left, right = socket.socketpair()
