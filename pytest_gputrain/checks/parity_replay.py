@@ -7,6 +7,7 @@ rank's step kept.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.parity_rank import as_rank, same_random_states
 from pytest_gputrain.trace.names import named_buffers
 from pytest_gputrain.trace.steps import AFTER_BACKWARD, AT_STEP, StepRecord, StepRecorder
 
@@ -33,10 +35,24 @@ class Replay:
 
 
 def replay_rank(
-    case: TrainingCase, ctx: CheckContext, folder: Path, rank: int, packed: list[bytes], label: str
+    case: TrainingCase,
+    ctx: CheckContext,
+    folder: Path,
+    rank: int,
+    packed: list[bytes],
+    label: str,
+    numbered: bool = False,
 ) -> Replay:
-    """Leaves ``<label>-<step>.pt`` in ``folder``: gradients by moment, by parameter."""
-    replica, kept = Replica(case, ctx, folder), Replay()
+    """Leaves ``<label>-<step>.pt`` in ``folder``: gradients by moment, by parameter.
+
+    numbered: tell the step that it is on its rank; else it is on rank 0 of 1.
+    """
+    with as_rank(rank) if numbered else contextlib.nullcontext():
+        return _replay(Replica(case, ctx, folder), rank, packed, label)
+
+
+def _replay(replica: Replica, rank: int, packed: list[bytes], label: str) -> Replay:
+    kept, folder = Replay(), replica.folder
     for step, data in enumerate(packed):
         record = replica.take(step, rank, replica.unpacked(data))
         kept.backwards_before.append(record.backwards_before)
@@ -84,7 +100,8 @@ class Replica:
         recorder = StepRecorder(
             self.parameters, self.optimizer, after_backward=after_backward, after_update=after_update
         )
-        with recorder.step() as record:
+        states = read(self.folder / f"random-{step}-{rank}.pt", "cpu")
+        with recorder.step() as record, same_random_states(self.model, states):
             take_step(self.case, self.model, self.optimizer, micro_batches, seed_for(self.ctx, step, rank))
         return record
 

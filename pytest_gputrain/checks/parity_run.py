@@ -11,6 +11,7 @@ from pytest_gputrain.case.loading import describe
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.finite import in_words, not_finite
 from pytest_gputrain.checks.parity import ACCUMULATING_STEP, NUM_MICRO_BATCHES, STEPS, RankRun, StepFacts
+from pytest_gputrain.checks.parity_rank import before_forward, keep_state
 from pytest_gputrain.checks.peers import Peers, digests_of
 from pytest_gputrain.trace.digest import is_finite, value_digest
 from pytest_gputrain.trace.names import canonical_name, named_buffers, owners
@@ -47,20 +48,15 @@ class _Run:
         self.recorder = StepRecorder(self.parameters, self.optimizer)
         self.report = RankRun()
         self._buffers: dict[str, Any] | None = None
+        self._random_states: list[dict[str, Any]] = []
 
     def all_steps(self) -> RankRun:
-        from torch.nn.modules.module import register_module_forward_pre_hook
-
         if not self.peers.all_equal([(n, tuple(p.shape), str(p.dtype)) for n, p in self.parameters.items()]):
             self.report.problem = "the ranks' models have different parameters (names, shapes or types)"
             return self.report
         self.report.problem = self._difference("before the first step")
-        # Global, not the model's own: a step may copy or pickle the model, and this hook has process groups.
-        hook = register_module_forward_pre_hook(self._keep_buffers)
-        try:
+        with before_forward(lambda: self._holder, self._keep):
             self._take_steps()
-        finally:
-            hook.remove()
         return self.report
 
     def _take_steps(self) -> None:
@@ -87,8 +83,9 @@ class _Run:
         used = {id(parameter) for parameter in self.wrapped.parameters()}
         return self.model if own & used or not used else self.wrapped
 
-    def _keep_buffers(self, module: Any, args: Any) -> None:
-        if self._buffers is None and module is self._holder:
+    def _keep(self, module: Any) -> None:
+        keep_state(self._random_states)
+        if self._buffers is None:
             self._buffers = {name: copy_of(buffer) for name, buffer in named_buffers(module).items()}
 
     def _draw(self, step: int) -> tuple[list[Any], bool]:
@@ -129,12 +126,13 @@ class _Run:
 
         # Opaque on the way: the process that runs the check needs not know the user's classes.
         packed = cloudpickle.dumps(pytree.to_device(micro_batches, torch.device("cpu")))
-        self._buffers = None
+        self._buffers, self._random_states = None, []
         before = {name: copy_of(buffer) for name, buffer in named_buffers(self._holder).items()}
         with self.recorder.step() as record:
             seed = seed_for(self.ctx, step, self.peers.rank)
             take_step(self.case, self.wrapped, self.optimizer, micro_batches, seed)
         self._save_own("buffers", step, before if self._buffers is None else self._buffers)
+        self._save_own("random", step, self._random_states)
         return record, StepFacts(packed, len(micro_batches), rates=learning_rates(self.optimizer))
 
     def _compare_gradients(self, step: int, record: StepRecord, facts: StepFacts) -> None:

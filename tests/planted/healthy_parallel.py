@@ -21,7 +21,8 @@ from tests.planted.broken_data import dataset
 from tests.planted.broken_divergence import margin_case
 from tests.planted.broken_gradients import CheckpointedNet, turn_on
 from tests.planted.broken_hangs import static
-from tests.planted.plant import case, draw, healthy
+from tests.planted.healthy_models import with_dropout
+from tests.planted.plant import case, draw, healthy, loss, rank
 
 
 @healthy
@@ -228,3 +229,43 @@ class NormOverRanks(nn.Module):
 @healthy
 def bias_before_a_norm_over_ranks() -> TrainingCase:
     return case("bias_before_a_norm_over_ranks", model=NormOverRanks)
+
+
+class NoisyLoss:
+    """Adds noise to the data, from a generator of its own, seeded by rank."""
+
+    def __init__(self) -> None:
+        self.generator: torch.Generator | None = None
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(100 + rank())
+        noise = torch.randn(batch["x"].shape, generator=self.generator)
+        return F.cross_entropy(model(batch["x"] + noise), batch["y"])
+
+
+@healthy
+def noise_seeded_by_rank() -> TrainingCase:
+    return case("noise_seeded_by_rank", loss=NoisyLoss())
+
+
+class ReseedingStep:
+    """So that no two ranks ever drop the same units."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        torch.manual_seed(self.steps * world + rank())
+        self.steps += 1
+        optimizer.zero_grad()
+        for batch in micro_batches:
+            (loss(model, batch) / len(micro_batches)).backward()
+        optimizer.step()
+        return torch.zeros(())
+
+
+@healthy
+def dropout_seeded_by_rank() -> TrainingCase:
+    return case("dropout_seeded_by_rank", model=with_dropout, step=ReseedingStep())
