@@ -6,7 +6,7 @@ right thing is for ``ddp_parity`` to say.
 
 from __future__ import annotations
 
-import itertools
+import math
 import time
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from pytest_gputrain.checks.result import CheckFailed, Figures
 MAX_STEPS = 6
 # Beyond the steps taken, a stream is only counted, to see whether all ranks have as many batches.
 MAX_COUNTED, COUNTING_SECONDS = 5000, 2.0
+_END = object()
 
 
 @check("ddp_completes", subject="data parallel")
@@ -100,16 +101,18 @@ def _train(case: TrainingCase, ctx: CheckContext, checkpointing: bool) -> _Progr
     optimizer = build_optimizer(case, model, wrapped)
     seed_everything(seed_for(ctx, 0, peers.rank))
     progress, data = _Progress(), iter(stream(case, ctx))
-    for batch in itertools.islice(data, MAX_STEPS):
+    while progress.steps < MAX_STEPS:
+        batch = next(data, _END)
+        progress.ended = batch is _END
+        progress.batches += not progress.ended
+        # Said here, by how many batches each has, instead of by the hang that would follow.
+        if case.has_own_batches and peers.any_rank(progress.ended):
+            break
         mark_progress(progress.steps)
         value = loss_value(case.step(wrapped, optimizer, [batch]))
-        if value is not None and (value != value or abs(value) == float("inf")):
-            progress.bad_step, progress.loss = (
-                progress.steps if progress.bad_step is None else progress.bad_step,
-                value,
-            )
+        if value is not None and not math.isfinite(value) and progress.bad_step is None:
+            progress.bad_step, progress.loss = progress.steps, value
         progress.steps += 1
-    progress.batches, progress.ended = progress.steps, progress.steps < MAX_STEPS
     if case.has_own_batches:
         rest = Rounds(data, peers, limit=MAX_COUNTED, seconds=COUNTING_SECONDS, ended=progress.ended)
         progress.batches += sum(1 for _ in rest)
