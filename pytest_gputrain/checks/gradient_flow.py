@@ -1,8 +1,8 @@
 """Does a gradient reach every trainable parameter? Runs the case's own step in one process.
 
 A parameter that gets one only in some steps passes (mixture of experts, stochastic depth), and so does one
-whose gradient is exactly zero (a zero-initialised projection in front of it). Does not judge whether a
-gradient is right.
+whose gradient is exactly zero (a zero-initialised projection in front of it). One that gets them in the first
+steps only does not. Does not judge whether a gradient is right.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pytest_gputrain.checks.result import CheckFailed, Figures
 from pytest_gputrain.trace.digest import is_finite
 from pytest_gputrain.trace.steps import AT_STEP, StepRecord
 
-STEPS = 3
-# Layers dropped with probability 1/2 are missed in all of 3 steps one time in 8, in 24 never.
+# The first HEAD steps show a gradient, the rest whether it keeps coming.
+HEAD, STEPS = 3, 4
+# Layers dropped with probability 1/2 are missed in all of 3 steps one time in 8, in 20 and more never.
 PATIENT_STEPS = 24
 PATIENCE_SECONDS = 60.0
 
@@ -45,9 +46,12 @@ class _Seen:
     broken: dict[str, int] = field(default_factory=dict)
     used_broken: dict[str, int] = field(default_factory=dict)
     updates: int = 0
+    last: dict[str, int] = field(default_factory=dict)
 
-    def look(self, record: StepRecord, step: int) -> None:
+    def look(self, record: StepRecord, step: int, arrived: set[str]) -> None:
+        """arrived: names to whose gradient autograd added in this step."""
         self.updates += record.optimizer_steps
+        self.last.update(dict.fromkeys(arrived, step))
         for moment, gradients in record.gradients.items():
             for name, gradient in gradients.items():
                 if gradient is not None:
@@ -59,8 +63,13 @@ class _Seen:
             self.broken.setdefault(name, step)
             if used:
                 self.used_broken.setdefault(name, step)
-        if bool((gradient != 0).any()):
+        if bool((gradient != 0).any()):  # zeros may be left from zero_grad
             self.nonzero.add(name)
+            self.last[name] = step
+
+    def gone(self, trainable: list[str]) -> list[str]:
+        """Those whose gradient came in the first steps and never since."""
+        return [name for name in trainable if self.last.get(name, HEAD) < HEAD]
 
     @property
     def skipping(self) -> bool:
@@ -74,7 +83,7 @@ class _Seen:
 
 
 def _trace(case: TrainingCase, ctx: CheckContext) -> Figures:
-    """In the rank: steps until every gradient has arrived, three at least."""
+    """In the rank: steps until every gradient has arrived, and again after the first steps."""
     from pytest_gputrain.checks.session import build_alone, draw_batch, seed_for, take_step
     from pytest_gputrain.trace.gradients import GradTracer
     from pytest_gputrain.trace.names import named_parameters
@@ -91,11 +100,11 @@ def _trace(case: TrainingCase, ctx: CheckContext) -> Figures:
     recorder = StepRecorder(named_parameters(model), optimizer)
     started, steps, backwards = time.monotonic(), 0, 0
     with tracer:
-        while _go_on(steps, started, waiting=seen.skipping or bool(_missing(tracer, seen))):
+        while _go_on(steps, started, waiting=_waiting(tracer, seen)):
             batch = draw_batch(case, ctx, steps)
             with recorder.step() as record:
                 take_step(case, model, optimizer, [batch], seed_for(ctx, steps))
-            seen.look(record, steps)
+            seen.look(record, steps, tracer.arrived)
             backwards += record.backwards
             tracer.step()
             parameters_are_finite(model, steps, seen.used_broken)
@@ -108,6 +117,10 @@ def _trace(case: TrainingCase, ctx: CheckContext) -> Figures:
 
 def _missing(tracer: Any, seen: _Seen) -> list[str]:
     return [name for name in tracer.missing_ever if name not in seen.assigned]
+
+
+def _waiting(tracer: Any, seen: _Seen) -> bool:
+    return seen.skipping or bool(_missing(tracer, seen) or seen.gone(tracer.trainable))
 
 
 def _go_on(steps: int, started: float, *, waiting: bool) -> bool:
@@ -137,6 +150,14 @@ def _judge(tracer: Any, seen: _Seen, steps: int, backwards: int) -> None:
             f"{len(names)} of {total} trainable parameters got a NaN or infinite gradient, first in step "
             f"{first}: {describe_missing(names, tracer.owners)}",
             {"not_finite": names, "parameters": total, "steps": steps},
+        )
+    if steps > STEPS and (gone := seen.gone(trainable)):
+        last = max(seen.last[name] for name in gone)
+        raise CheckFailed(
+            f"{len(gone)} of {total} trainable parameters get no gradient after step {last}, in {steps} "
+            f"steps: {describe_missing(gone, tracer.owners)}\n"
+            "  likely: their module is replaced while training, or its output detached from then on",
+            {"gone": gone, "parameters": total, "steps": steps},
         )
     if not seen.nonzero:
         raise CheckFailed(

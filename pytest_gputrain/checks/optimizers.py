@@ -161,6 +161,7 @@ def _watch(case: TrainingCase, ctx: CheckContext) -> Figures:
             take_step(case, model, optimizer, [batch], seed_for(ctx, steps))
         book.moved |= changed(before, book.parameters)
         parameters_are_finite(model, steps, book.broken)
+        _judge_new(model, optimizer, book, steps)
         steps += 1
     _judge_hidden(model, book)
     return _judge(book, trainable, owners(model), steps)
@@ -206,6 +207,32 @@ def _judge(book: _Book, trainable: list[str], owned_by: dict[str, Any], steps: i
             {**figures, "stuck": stuck},
         )
     return {**figures, "lost_in_rounding": still, "notes": _notes(book, still)}
+
+
+def _judge_new(model: Any, optimizer: Any, book: _Book, step: int) -> None:
+    """A module that is replaced while training has parameters that the optimizer never saw."""
+    from pytest_gputrain.trace.gradients import describe_missing
+    from pytest_gputrain.trace.names import named_parameters, owners
+    from pytest_gputrain.trace.optimizers import optimizers_in, parameters_of
+
+    inners = optimizers_in(optimizer)
+    if not inners:
+        return  # it does not say what it holds
+    known = {id(parameter) for inner in inners for parameter in parameters_of(inner)}
+    known |= {id(parameter) for parameter in book.outside} | set(book.names)
+    alien = [
+        name
+        for name, parameter in named_parameters(model).items()
+        if parameter.requires_grad and parameter.grad is not None and id(parameter) not in known
+    ]
+    if alien:
+        raise CheckFailed(
+            f"{len(alien)} parameters were replaced in step {step}, get gradients, and are in no optimizer "
+            f"group: {describe_missing(alien, owners(model))}\n"
+            "  likely: a module is made anew after the optimizer was built; keep it, or build the optimizer "
+            "after it",
+            {"new": alien},
+        )
 
 
 def _judge_hidden(model: Any, book: _Book) -> None:

@@ -84,30 +84,6 @@ def nan_gradient() -> TrainingCase:
     return case("nan_gradient", loss=nan_loss)
 
 
-class NanLater:
-    """The loss is NaN from the fourth step on, and the step does not say so."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-
-    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> None:
-        self.steps += 1
-        optimizer.zero_grad()
-        (loss(model, micro_batches[0]) * (float("nan") if self.steps > 3 else 1.0)).backward()
-        optimizer.step()
-
-
-@broken(
-    {
-        "optimizer_covers": "14 of 14 parameters are NaN or infinite after step 3",
-        "ddp_parity": "14 of 14 parameters are NaN or infinite after step 3 on every rank",
-    },
-    may_fail=("gradients_arrive", "ddp_completes"),
-)
-def weights_that_become_nan_late() -> TrainingCase:
-    return case("weights_that_become_nan_late", step=NanLater())
-
-
 def frozen_model() -> nn.Module:
     return Net().requires_grad_(False)
 
