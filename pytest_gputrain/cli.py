@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,7 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--checks", metavar="A,B", help="ids of the checks to run (default: all)")
     add("--world-size", type=_ranks, default=2, metavar="N", help="number of ranks (default: 2)")
     add("--device", type=_device, default="cpu", help="cpu (gloo, the default) or cuda (nccl)")
-    add("--timeout", type=_seconds, metavar="SECONDS", help="deadline of one launch")
+    # The same environment twins as in pytest; argparse reads a default that is text as if it were given.
+    given = os.environ.get
+    timeout, stall = given("GPUTRAIN_TIMEOUT") or None, given("GPUTRAIN_STALL") or None
+    add("--timeout", type=_seconds, default=timeout, metavar="SECONDS", help="deadline of one launch")
+    add(
+        "--stall", type=_seconds, default=stall, metavar="SECONDS", help="hung when nothing moves for so long"
+    )
     add("--json", type=_file, metavar="FILE", help="also write the results there")
     return parser
 
@@ -98,12 +105,16 @@ def _file(text: str) -> Path:
 def _check(options: argparse.Namespace) -> int:
     from pytest_gputrain.case import CaseError
     from pytest_gputrain.checks import CheckContext, all_check_ids, run_checks
+    from pytest_gputrain.checks.context import SESSION_LAUNCHER
     from pytest_gputrain.checks.preflight import preflight
-    from pytest_gputrain.launch import LaunchUsageError
+    from pytest_gputrain.launch import LaunchDefaults, Launcher, LaunchUsageError
 
     ids = _selected(options.checks, tuple(all_check_ids()))
     _require_gpus(options)
-    cases = _cases([*options.specs, *(options.gputrain_case or ())])
+    given = [*options.specs, *(options.gputrain_case or ())]
+    cases = _cases(given or os.environ.get("GPUTRAIN_CASE", "").replace(",", " ").split())
+    if options.stall is not None:
+        SESSION_LAUNCHER.set(Launcher(defaults=LaunchDefaults(stall=options.stall)))
     context = CheckContext(device=options.device, world_size=options.world_size, timeout=options.timeout)
     results: list[CheckResult] = []
     try:

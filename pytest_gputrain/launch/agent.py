@@ -116,7 +116,7 @@ class ForkedProcess:
                 fd = rank_fds[int(env["LOCAL_RANK"])]
                 rank.take_place(agent, Path(spec["folder"]), self._rank, env, None)
                 os.write(ready_write, b"1")
-                _close_all_but(fd)
+                _close_links(rank_fds, keep=fd)
                 _threads_as_told(env)
                 script.run(rank.Link(fd, self._rank, self._restart), command, search_path)
             finally:
@@ -161,20 +161,15 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
-def _close_all_but(keep: int) -> None:
-    """Closes what belongs to the agent (its store, its event loop); the threads behind them are not here."""
-    for name in os.listdir("/proc/self/fd"):
-        fd = int(name)
-        if fd > 2 and fd != keep and not _is_own_file(fd):
-            with contextlib.suppress(OSError):
-                os.close(fd)
+def _close_links(fds: Sequence[int], keep: int) -> None:
+    """Closes the other ranks' links, and nothing else of the agent's.
 
-
-def _is_own_file(fd: int) -> bool:
-    """faulthandler's two files must stay open."""
-    with contextlib.suppress(OSError):
-        return os.readlink(f"/proc/self/fd/{fd}").endswith(("/crash.txt", "/stacks.txt"))
-    return False
+    libuv remembers the numbers of two descriptors and closes them in every forked child: were they closed
+    here, the numbers would be given to the rank's own files, and its data-loader workers would lose those.
+    """
+    for fd in fds:
+        if fd != keep:
+            os.close(fd)
 
 
 def _threads_as_told(env: Mapping[str, str]) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from . import output, payload, stacks, wire
 from .records import RankError, RankOutcome, RankResult
 
-_MOVED_TICKS = 3
-"""Clock ticks (10 ms) a second that count as movement: background threads of an idle rank use fewer."""
+_MOVED_SECONDS = 0.03
+"""CPU seconds within a second that count as movement: background threads of an idle rank use far less."""
 
 
 class Member:
@@ -31,7 +31,7 @@ class Member:
         self.stacks = ""
         self.waiting_at: str | None = None
         self.in_collective = False
-        self._ticks = self._size = 0
+        self._used, self._size = 0.0, 0
         self._since = float("-inf")
 
     def hello(self, header: dict[str, Any]) -> None:
@@ -71,13 +71,13 @@ class Member:
             return float(self.exit["at"])
         return None
 
-    def observe(self, now: float, ticks: int, size: int) -> None:
-        """Takes a sample of CPU ticks used and bytes printed so far."""
-        if ticks - self._ticks >= _MOVED_TICKS or ticks < self._ticks or size != self._size:
+    def observe(self, now: float, used: float, size: int) -> None:
+        """Takes a sample of CPU seconds used and bytes printed so far."""
+        if abs(used - self._used) >= _MOVED_SECONDS or size != self._size:
             self.last_moved = self._since = now
-            self._ticks, self._size = ticks, size
+            self._used, self._size = used, size
         elif now - self._since > 1.0:
-            self._since, self._ticks = now, ticks
+            self._since, self._used = now, used
 
     def settle_down(self) -> None:
         """Forgets fractions of a tick collected so far, before a last look."""
@@ -102,8 +102,9 @@ class Member:
             if state == "passed":
                 self._unpack(found)
         elif state == "crashed":
-            found.stacks = _read(path / "crash.txt")
-            frame = stacks.user_frame(stacks.main_thread(found.stacks))
+            dump = _read(path / "crash.txt").partition("\nExtension modules:")[0]
+            found.stacks = stacks.last_dump(dump)
+            frame = stacks.user_frame(stacks.main_thread(dump))
             found.waiting_at = str(frame) if frame else None
         return found
 

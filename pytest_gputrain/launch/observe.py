@@ -15,7 +15,7 @@ from .rank import DUMP_SIGNAL
 
 def sample(members: Sequence[Member], folder: Path, now: float) -> None:
     """Notes the CPU time and the output of each rank, and keeps the output files small."""
-    ticks = process.cpu_ticks([member.pid for member in members if member.pid])
+    used = process.cpu_seconds([member.pid for member in members if member.pid])
     for member in members:
         size = 0
         for name in ("stdout.log", "stderr.log"):
@@ -23,7 +23,7 @@ def sample(members: Sequence[Member], folder: Path, now: float) -> None:
             with suppress(OSError):
                 size += path.stat().st_size
             output.relieve(path)
-        member.observe(now, ticks.get(member.pid or 0, 0), size)
+        member.observe(now, used.get(member.pid or 0, 0.0), size)
 
 
 def dump(members: Sequence[Member], folder: Path) -> None:
@@ -46,7 +46,8 @@ def dump(members: Sequence[Member], folder: Path) -> None:
         frames = stacks.main_thread(text)
         frame = stacks.user_frame(frames)
         member.waiting_at = str(frame) if frame else None
-        member.in_collective = stacks.in_collective(frames)
+        # A side thread (an asynchronous checkpoint) may yet send what the main thread waits for.
+        member.in_collective = stacks.in_collective(frames) and not stacks.side_thread_works(text)
 
 
 def _ask(member: Member, folder: Path) -> Path | None:

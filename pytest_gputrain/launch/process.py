@@ -125,32 +125,39 @@ def is_stopped(pid: int) -> bool:
     return False
 
 
-def cpu_ticks(pids: list[int]) -> dict[int, int]:
-    """CPU time in clock ticks of each process together with everything below it; absent when it is gone.
+def cpu_seconds(pids: list[int]) -> dict[int, float]:
+    """CPU time in seconds of each process together with everything below it; absent when it is gone.
 
-    Children count: a rank that waits for its data-loader workers or a compiler makes progress. One pass
-    over /proc for all ranks, since this is called several times a second.
+    Children count: a rank that waits for its data-loader workers or a compiler makes progress. In
+    nanoseconds from schedstat, since clock ticks can credit an idle process that wakes up often.
     """
-    own: dict[int, int] = {}
     children: dict[int, list[int]] = {}
+    alive = set()
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and (row := _stat(entry)):
-            pid, parent, ticks = row
-            own[pid] = ticks
-            children.setdefault(parent, []).append(pid)
+        if entry.isdigit() and (parent := _parent(entry)) is not None:
+            alive.add(int(entry))
+            children.setdefault(parent, []).append(int(entry))
 
-    def total(pid: int) -> int:
-        return own[pid] + sum(total(child) for child in children.get(pid, ()))
+    def total(pid: int) -> float:
+        return _own_seconds(pid) + sum(total(child) for child in children.get(pid, ()))
 
-    return {pid: total(pid) for pid in pids if pid in own}
+    return {pid: total(pid) for pid in pids if pid in alive}
 
 
-def _stat(pid: str) -> tuple[int, int, int] | None:
-    """(pid, parent, ticks used by it and by its reaped children) from /proc/PID/stat."""
+def _parent(pid: str) -> int | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
     except OSError:
         return None
-    fields = text[text.rindex(b")") + 2 :].split()  # the name before may hold blanks and brackets
-    return int(pid), int(fields[1]), sum(map(int, fields[11:15]))
+    return int(text[text.rindex(b")") + 2 :].split()[1])  # the name before may hold blanks and brackets
+
+
+def _own_seconds(pid: int) -> float:
+    """CPU time of a process's living threads."""
+    nanoseconds = 0
+    with suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with suppress(OSError), open(f"/proc/{pid}/task/{thread}/schedstat", "rb") as file:
+                nanoseconds += int(file.read().split()[0])
+    return nanoseconds / 1e9

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..devices.inventory import discover
+from ..devices.inventory import FAKE_VARIABLE, discover
 from .errors import LaunchUsageError, UnsupportedPlatform
 
 DEVICES = ("cpu", "cuda")
@@ -75,6 +75,11 @@ def device_and_backend(device: object, backend: object, ranks: int) -> tuple[str
 def enough_gpus(ranks: int) -> None:
     """Raises LaunchUsageError when there are fewer GPUs than ranks."""
     found = discover()
+    if os.environ.get(FAKE_VARIABLE) and len(found.gpus) >= ranks:
+        raise LaunchUsageError(
+            f"the {len(found.gpus)} GPUs are pretended ({FAKE_VARIABLE}): tests select and skip by them, "
+            "but nothing can run on them; use device='cpu'"
+        )
     if len(found.gpus) < ranks:
         raise LaunchUsageError(
             f"{ranks} ranks on device='cuda' need {ranks} GPUs, found {len(found.gpus)} (by {found.source}); "

@@ -26,6 +26,8 @@ _COLLECTIVE = re.compile(
 )
 
 
+_WAITING_FILES = ("/threading.py", "/queue.py", "/selectors.py")
+
 DUMP_MARK = "--- dump "
 """Written between the dumps of one file."""
 
@@ -50,16 +52,32 @@ def main_thread(dump: str) -> list[Frame]:
     The main thread is the one that runs this package's rank code; without it (a crash that was cut short)
     the thread marked as current.
     """
+    threads = _threads(dump)
+    for _, frames in threads:
+        if any(_is_ours(frame.file) for frame in frames):
+            return frames
+    return next((frames for current, frames in threads if current), [])
+
+
+def _threads(dump: str) -> list[tuple[bool, list[Frame]]]:
+    """(whether it is marked as current, its frames) of every thread in a faulthandler dump."""
     threads: list[tuple[bool, list[Frame]]] = []
     for line in dump.splitlines():
         if line.startswith(("Thread ", "Current thread ")):
             threads.append((line.startswith("Current"), []))
         elif threads and (match := _FRAME.match(line)):
             threads[-1][1].append(Frame(match["file"], int(match["line"]), match["function"]))
-    for _, frames in threads:
-        if any(_is_ours(frame.file) for frame in frames):
-            return frames
-    return next((frames for current, frames in threads if current), [])
+    return threads
+
+
+def side_thread_works(dump: str) -> bool:
+    """Whether a thread beside the main one is busy in code that is not torch's or the standard library's.
+
+    One that waits for another thread (a queue's reader, a progress bar's monitor) is not busy.
+    """
+    others = [frames for _, frames in _threads(dump) if not any(_is_ours(frame.file) for frame in frames)]
+    busy = [frames for frames in others if frames and not frames[0].file.endswith(_WAITING_FILES)]
+    return any(user_frame(frames) is not None for frames in busy)
 
 
 def last_dump(dump: str) -> str:

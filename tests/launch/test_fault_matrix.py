@@ -201,6 +201,30 @@ def test_a_rank_that_works_on_after_the_other_finished_is_no_hang() -> None:
     assert run(program).values == [1, 1]
 
 
+def test_ranks_that_wait_for_a_side_thread_are_not_hung() -> None:
+    def program() -> int:
+        import threading
+
+        import torch
+        import torch.distributed as dist
+
+        group = dist.new_group()
+
+        def send_later() -> None:
+            time.sleep(8)
+            dist.send(torch.ones(1), 0, group=group)
+
+        if is_rank(1):
+            thread = threading.Thread(target=send_later)
+            thread.start()
+        else:
+            dist.recv(torch.ones(1), 1, group=group)
+        dist.barrier()
+        return 1
+
+    assert run(program, timeout=60, within=30).values == [1, 1]
+
+
 def test_local_work_after_a_late_collective_is_no_hang() -> None:
     def program() -> int:
         import torch

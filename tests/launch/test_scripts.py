@@ -199,12 +199,13 @@ def test_a_script_can_start_data_loader_workers(tmp_path: Path) -> None:
         tmp_path,
         "data.py",
         """
-        import torch
+        import torch, torch.distributed as dist
         from torch.utils.data import DataLoader
         class Numbers(torch.utils.data.Dataset):
             def __len__(self): return 8
             def __getitem__(self, index): return index
         if __name__ == "__main__":
+            dist.init_process_group("gloo")
             for context in ("fork", "spawn"):
                 loader = DataLoader(Numbers(), batch_size=4, num_workers=1, multiprocessing_context=context)
                 print(sum(int(batch.sum()) for batch in loader))
