@@ -13,6 +13,7 @@ from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.checks.averages import Average, distance
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.parity import RankRun
+from pytest_gputrain.checks.parity_hints import explain
 from pytest_gputrain.checks.parity_replay import Replay, Replica, Tensors, read
 from pytest_gputrain.checks.parity_verdict import Comparison, Verdicts, is_rounding_only
 from pytest_gputrain.checks.result import CheckUndecided, Figures
@@ -50,7 +51,7 @@ class _Reference:
         if any(comparison.wrong for comparison in comparisons) and self._agrees_with_joined_batch():
             self.verdicts.notes.append("agrees with the joined batch in one process, not with averaged ranks")
         else:
-            self.verdicts.raise_for(comparisons)
+            self.verdicts.raise_for(comparisons, explain=self._explain)
             self._judge_processing()
         self._judge_updates()
         return self.verdicts.figures(len(self.facts))
@@ -132,7 +133,14 @@ class _Reference:
                     seen = actual[AT_STEP][name]
                     self.verdicts.compare(comparison, name, seen, expected, AT_STEP, factor=1.0)
             comparisons.append(comparison)
-        self.verdicts.raise_for(comparisons, at="at the optimizer step, ")
+        self.verdicts.raise_for(comparisons, at="at the optimizer step, ", explain=self._explain)
+
+    def _explain(self, comparison: Comparison) -> str | None:
+        moments = {deviation.name: deviation.moment for deviation in comparison.wrong}
+        token_mean = self.case.loss_reduction == "token_mean"
+        return explain(
+            self.folder, self.device, comparison.step, len(self.runs), moments, token_mean=token_mean
+        )
 
     def _agrees_with_joined_batch(self) -> bool:
         """Losses that look across ranks (gathered negatives, SyncBatchNorm) need all samples in one batch."""

@@ -221,14 +221,21 @@ class _Run:
                 f"gradients are not synchronised in the step with {len(micro_batches)} micro-batches: "
                 "no_sync has to end before the last one's forward"
             )
-        if len(differing) < len(self.parameters):
-            return (
-                "these parameters' gradients are not averaged over ranks: they are outside the wrapped model"
-            )
-        return (
-            "gradients are not averaged over ranks: wrap returns the bare model, or the step trains around "
-            "the wrapper (model.module(...))"
-        )
+        which = "their gradients" if len(differing) < len(self.parameters) else "gradients"
+        earlier = self.report.steps[:-1]
+        if earlier and all(facts.synced[name] is not None for facts in earlier for name in differing):
+            return f"{which} are averaged over ranks at first, and no more from step {len(earlier)} on"
+        return f"{which} are not averaged over ranks{self._why_never(differing)}"
+
+    def _why_never(self, differing: dict[str, list[int]]) -> str:
+        if self.wrapped is self.model:
+            return ": wrap returns the bare model"
+        inside = {id(parameter) for parameter in self.wrapped.parameters()}
+        if all(id(self.parameters[name]) not in inside for name in differing):
+            return ": they are outside the wrapped model"
+        if len(differing) == len(self.parameters):
+            return ": the step trains around the wrapper (model.module(...)), or the wrapper does not average"
+        return ""
 
     def _save(self, what: str, step: int, tensors: Any) -> None:
         if self.peers.rank == 0:

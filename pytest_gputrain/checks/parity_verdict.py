@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pytest_gputrain.checks.averages import Average, wide
@@ -28,7 +29,7 @@ _INFINITE = float("inf")
 class Deviation:
     """One parameter that is off. ratio: the factor that explains most of it; rest: what it leaves.
 
-    words: what is said of it in place of "off by".
+    words: what is said of it in place of "off by"; moment: whose gradient it is.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Deviation:
     ratio: float
     rest: float
     words: str = ""
+    moment: str = ""
 
 
 @dataclass
@@ -111,7 +113,7 @@ class Verdicts:
             into.compared += 1
             self.compared.add(name)
         if deviation is not None:
-            into.wrong.append(deviation)
+            into.wrong.append(replace(deviation, moment=moment))
 
     def _deviation(
         self, name: str, seen: Any, expected: Any, magnitude: Any, kind: Any, missing: bool
@@ -172,18 +174,29 @@ class Verdicts:
             comparison.wrong = []
         return comparisons
 
-    def raise_for(self, comparisons: list[Comparison], *, what: str = "gradients", at: str = "") -> None:
-        """Raises CheckFailed for the first step with deviations."""
+    def raise_for(
+        self,
+        comparisons: list[Comparison],
+        *,
+        what: str = "gradients",
+        at: str = "",
+        explain: Callable[[Comparison], str | None] = lambda comparison: None,
+    ) -> None:
+        """Raises CheckFailed for the first step with deviations. explain: its cause, if that is known."""
         first = next((comparison for comparison in comparisons if comparison.wrong), None)
         if first is None:
             return
         also = [comparison.step for comparison in comparisons if comparison.wrong]
+        words, is_explained = self._words(first, what, at, all_steps=len(also) == len(comparisons))
+        if not is_explained and (cause := explain(first)):
+            words += f"\n  likely: {cause}"
         raise CheckFailed(
-            self._words(first, what, at, all_steps=len(also) == len(comparisons)),
+            words,
             {"steps": also, "wrong": sorted(deviation.name for deviation in first.wrong)},
         )
 
-    def _words(self, comparison: Comparison, what: str, at: str, *, all_steps: bool) -> str:
+    def _words(self, comparison: Comparison, what: str, at: str, *, all_steps: bool) -> tuple[str, bool]:
+        """And whether the words say the cause."""
         wrong = sorted(comparison.wrong, key=lambda deviation: -deviation.error)
         when = "in every step" if all_steps else f"in step {comparison.step}"
         if not all_steps and comparison.micro_batches > 1:
@@ -195,11 +208,11 @@ class Verdicts:
             return (
                 f"{at}gradients are {ratio:.3f} x the single-process reference on every rank ({counted}) "
                 f"{when}{names}\n  likely: {self._why_factor(ratio)}"
-            )
+            ), True
         return (
             f"{at}{what} differ from the single-process reference on every rank ({counted}) {when}: "
-            f"{self._named(wrong)}\n  likely: {self._why_other(wrong, what, comparison)}"
-        )
+            f"{self._named(wrong)}"
+        ), False
 
     def _named(self, wrong: list[Deviation]) -> str:
         texts = []
@@ -219,20 +232,6 @@ class Verdicts:
         if abs(ratio * self.world_size - 1) < SAME_FACTOR:
             return f"gradients are divided by the world size {self.world_size} twice"
         return "the step scales the loss or the gradients differently on several ranks than on one"
-
-    def _why_other(self, wrong: list[Deviation], what: str, comparison: Comparison) -> str:
-        if self.reduction == "token_mean":
-            return (
-                "a plain average of each rank's token mean, though ranks have different numbers of targets; "
-                "weight by num_targets over all ranks"
-            )
-        if comparison.micro_batches > 1:
-            return (
-                "some micro-batches are not part of the average: accumulation and no_sync do not fit together"
-            )
-        if len(wrong) < comparison.compared:
-            return "these parameters are not averaged like the others, or rank 0's gradient is used for all"
-        return "only some ranks' gradients are used, or ranks weigh differently"
 
     def figures(self, steps: int) -> Figures:
         """Raises CheckUndecided when nothing was compared: that must never read as a pass."""

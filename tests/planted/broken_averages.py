@@ -113,7 +113,7 @@ class FirstRankOnly(ByHand):
                 dist.broadcast(parameter.grad, 0)
 
 
-@broken({"ddp_parity": "gradients differ from the single-process reference"})
+@broken({"ddp_parity": "rank 0's gradients are used on every rank"})
 def every_rank_takes_rank_0s_gradient() -> TrainingCase:
     return case("every_rank_takes_rank_0s_gradient", wrap=FirstRankOnly, step=by_hand_step)
 
@@ -189,6 +189,6 @@ def clips_too_early_step(model: Any, optimizer: Any, micro_batches: Any) -> Tens
     return value.detach()
 
 
-@broken({"ddp_parity": "at the optimizer step, gradients"})
+@broken({"ddp_parity": "each rank clips or scales its own gradients"})
 def clips_before_it_averages() -> TrainingCase:
     return case("clips_before_it_averages", wrap=ByHand, step=clips_too_early_step)

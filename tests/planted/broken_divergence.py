@@ -59,7 +59,7 @@ class DivergesLater:
         return value.detach()
 
 
-@broken({"ddp_parity": "parameters differ across ranks after step 3"})
+@broken({"ddp_parity": "averaged over ranks at first, and no more from step 3 on"})
 def divergence_that_begins_late() -> TrainingCase:
     return case("divergence_that_begins_late", step=DivergesLater())
 
