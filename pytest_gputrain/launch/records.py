@@ -78,7 +78,9 @@ class RankError:
 
     @property
     def headline(self) -> str:
-        """``ValueError: boom``, one line, at most 300 characters."""
+        """``ValueError: boom``, one line, at most 300 characters; of another rank's death just its name."""
+        if (echo := _VICTIM.search(self.message)) is not None:
+            return f"{self.type}: {echo[0]}"
         lines = self.message.strip().splitlines()
         text = f"{self.type}: {lines[0]}" if lines else self.type
         return text if len(text) <= 300 else text[:297] + "..."

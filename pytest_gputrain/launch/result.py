@@ -113,15 +113,23 @@ class LaunchResult:
         shown = []
         for name in ("stdout", "stderr"):
             texts = {
-                r.rank: output.last_lines(getattr(r, name), _OUTPUT_LINES)
+                r.rank: output.last_lines(text, _OUTPUT_LINES)
                 for r in self.ranks
-                if getattr(r, name)
+                if (text := _without_traceback(getattr(r, name), r))
             }
             for ranks, text in output.grouped(texts)[:4]:
                 same = " (the same)" if len(ranks) > 1 else ""
                 shown.append(f"--- {output.rank_list(ranks)} {name}{same}")
                 shown.append(text)
         return shown
+
+
+def _without_traceback(text: str, rank: RankResult) -> str:
+    """A stream without the rank's own traceback, which is shown above; torch marks it ``[rank0]:``."""
+    if rank.error is None or not rank.error.traceback:
+        return text
+    plain = text.replace(f"[rank{rank.rank}]: ", "")
+    return plain.replace(rank.error.traceback, "") if rank.error.traceback in plain else text
 
 
 def _fate(rank: RankResult) -> str:

@@ -49,6 +49,8 @@ def _failed(ranks: Sequence[RankResult]) -> tuple[Verdict, Cause] | None:
         return Verdict.FAILED, Cause(first.rank, "exception", f"rank {first.rank} failed and did not say how")
     kind = "exit" if first.error.type == "SystemExit" else "exception"
     message = f"rank {first.rank} raised {first.error.headline}"
+    if kind == "exit" and (last := first.stderr.strip().splitlines()[-1:]):
+        message += f" ({last[0][:200]})"  # argparse and others say there why they leave
     return Verdict.FAILED, Cause(first.rank, kind, message, first.error.location)
 
 
