@@ -225,10 +225,7 @@ class Verdicts:
 
     def _why_factor(self, ratio: float) -> str:
         if abs(ratio - self.world_size) < SAME_FACTOR * self.world_size:
-            return (
-                "a comm hook or loss that sums over ranks and does not divide by world size "
-                f"{self.world_size}"
-            )
+            return f"they are summed over ranks and not divided by the world size {self.world_size}"
         if abs(ratio * self.world_size - 1) < SAME_FACTOR:
             return f"gradients are divided by the world size {self.world_size} twice"
         return "the step scales the loss or the gradients differently on several ranks than on one"
