@@ -62,14 +62,15 @@ class Launcher:
         where, how = request.device_and_backend(device or self.defaults.device, backend, size)
         if not callable(target):
             raise LaunchUsageError(f"target={target!r}: must be a function; for a script use .torchrun(path)")
-        environ = self._environ(request.environment(env), size)
+        environ = request.environment(env)
         spec = {
+            "start_environ": environ,
             **self._times(timeout, stall),
             "kind": "function",
             "world_size": size,
             "device": where,
             "backend": how,
-            "environ": environ,
+            "environ": self._environ(environ, size),
             "sys_path": [entry or os.getcwd() for entry in sys.path],
             "argv": list(sys.argv),
         }
@@ -108,8 +109,9 @@ class Launcher:
         script = request.script_or_module(script_or_module, module)
         options = [f"--nproc-per-node={nproc}", f"--nnodes={nnodes}", f"--max-restarts={max_restarts}"]
         options += _rendezvous(rdzv_endpoint, node_rank)
-        environ = self._environ(request.environment(env), None)
+        environ = request.environment(env)
         spec = {
+            "start_environ": environ,
             **self._times(timeout, stall),
             "kind": "script",
             "nproc": nproc,
@@ -119,7 +121,7 @@ class Launcher:
             "max_restarts": max_restarts,
             "torchrun": [*options, "--monitor-interval=0.02"],
             "command": [*(["-m"] if module else []), script, *map(str, argv)],
-            "environ": environ,
+            "environ": self._environ(environ, None),
         }
         return self._run(spec, b"", nproc * simulated, Path(script).stem, check)
 
@@ -130,7 +132,7 @@ class Launcher:
         }
 
     def _environ(self, environ: dict[str, str], world_size: int | None) -> dict[str, str]:
-        environ[sweep.MARK] = uuid.uuid4().hex
+        environ = {**environ, sweep.MARK: uuid.uuid4().hex}
         if self.defaults.gpus:
             environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.defaults.gpus)
         if world_size is None:
@@ -194,7 +196,8 @@ def _rendezvous(endpoint: str | None, node_rank: int | None) -> list[str]:
 
 def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: Path) -> LaunchResult:
     """The launch itself. Whatever happens, what it started is ended when this returns or raises."""
-    server = client.borrow(spec["environ"])
+    # By the caller's environment: one server for launches of one rank and of many, whose threads differ.
+    server = client.borrow(spec.pop("start_environ"))
     supervision = Supervision(server, members, spec, folder)
     in_order = False
     try:
