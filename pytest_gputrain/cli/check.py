@@ -1,9 +1,4 @@
-"""``gputrain``: the shipped checks without pytest.
-
-Exit codes: 0 every check that ran passed; 1 a check failed or could not be carried out; 2 bad input, one line
-on standard error, nothing was started; 5 nothing ran (every check was skipped), which proves nothing;
-130 interrupted.
-"""
+"""``gputrain check``: the shipped checks without pytest."""
 
 from __future__ import annotations
 
@@ -12,94 +7,48 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from pytest_gputrain.values import LEGAL_SECONDS, parse_seconds
+from pytest_gputrain.cli.arguments import (
+    EXIT_FAILED,
+    EXIT_NOTHING_RAN,
+    EXIT_OK,
+    UsageError,
+    add_deadlines,
+    device,
+    file,
+)
 
 if TYPE_CHECKING:
     from pytest_gputrain.case import TrainingCase
     from pytest_gputrain.checks import CheckResult
 
-EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING_RAN, EXIT_INTERRUPTED = 0, 1, 2, 5, 130
-DEVICES = ("cpu", "cuda")
 LINE_WIDTH = 120  # of a message in the table; it stands below in full
 
 
-class _UsageError(Exception):
-    """Bad input; the message is one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line: argparse would print the whole usage above it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        return _check(options)
-    except _UsageError as error:
-        print(f"gputrain check: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except KeyboardInterrupt:
-        print("gputrain check: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="gputrain", description="Tells the truth about training code.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the subcommand's parser."""
     check = commands.add_parser(
         "check",
         help="run the shipped checks over training cases",
         description="Run the shipped checks over your training cases, or over the embedded reference models.",
         epilog="Exit codes: 0 passed, 1 failed, 2 bad input, 5 nothing ran (all skipped), 130 interrupted.",
     )
+    check.set_defaults(run=_check)
     add = check.add_argument
     add("specs", nargs="*", metavar="MODULE:ATTR", help="training cases (default: the reference models)")
     add("--gputrain-case", action="append", metavar="MODULE:ATTR", help="the same, spelled as in pytest")
     add("--checks", metavar="A,B", help="ids of the checks to run (default: all)")
     add("--world-size", type=_ranks, default=2, metavar="N", help="number of ranks (default: 2)")
-    add("--device", type=_device, default="cpu", help="cpu (gloo, the default) or cuda (nccl)")
-    # The same environment twins as in pytest; argparse reads a default that is text as if it were given.
-    given = os.environ.get
-    timeout, stall = given("GPUTRAIN_TIMEOUT") or None, given("GPUTRAIN_STALL") or None
-    add("--timeout", type=_seconds, default=timeout, metavar="SECONDS", help="deadline of one launch")
-    add(
-        "--stall", type=_seconds, default=stall, metavar="SECONDS", help="hung when nothing moves for so long"
-    )
-    add("--json", type=_file, metavar="FILE", help="also write the results there")
-    return parser
+    add("--device", type=device, default="cpu", help="cpu (gloo, the default) or cuda (nccl)")
+    add_deadlines(check)
+    add("--json", type=file, metavar="FILE", help="also write the results there")
 
 
 def _ranks(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 2:  # data parallel with one rank would prove nothing
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a number of ranks from 2 up")
     return int(text)
-
-
-def _device(text: str) -> str:
-    if text not in DEVICES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give {' or '.join(DEVICES)}")
-    return text
-
-
-def _seconds(text: str) -> float:
-    try:
-        return parse_seconds(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give {LEGAL_SECONDS}") from None
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a file in a folder that is there")
-    return path
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -131,7 +80,7 @@ def _check(options: argparse.Namespace) -> int:
                 on_result=show,
             )
     except (CaseError, LaunchUsageError) as error:
-        raise _UsageError(str(error)) from None
+        raise UsageError(str(error)) from None
     return _finish(results, options)
 
 
@@ -142,7 +91,7 @@ def _selected(wanted: str | None, legal: tuple[str, ...]) -> tuple[str, ...]:
     unknown = [check for check in ids if check not in legal]
     if unknown or not ids:
         named = ", ".join(map(repr, unknown)) or repr(wanted)
-        raise _UsageError(f"--checks: {named} is no check; legal are {', '.join(legal)}")
+        raise UsageError(f"--checks: {named} is no check; legal are {', '.join(legal)}")
     return ids
 
 
@@ -150,7 +99,7 @@ def _require_gpus(options: argparse.Namespace) -> None:
     from pytest_gputrain.devices import shortage
 
     if options.device == "cuda" and (lack := shortage(options.world_size)):
-        raise _UsageError(
+        raise UsageError(
             f"--device cuda --world-size {options.world_size} {lack}; give --device cpu or fewer ranks"
         )
 
@@ -162,7 +111,7 @@ def _cases(specs: list[str]) -> list[TrainingCase]:
     try:
         return [case for spec in specs for case in load_case(spec)] if specs else reference_cases()
     except CaseError as error:
-        raise _UsageError(str(error)) from None
+        raise UsageError(str(error)) from None
 
 
 def _table(cases: list[str], checks: Sequence[str]) -> Callable[[CheckResult], None]:

@@ -1,0 +1,38 @@
+"""``gputrain``: the command line. One module a subcommand, imported when it is asked for.
+
+Exit codes of every subcommand: 0 all is well; 1 something failed; 2 bad input, one line on standard error,
+nothing was started; 5 nothing ran, which proves nothing; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from pytest_gputrain.cli import check
+from pytest_gputrain.cli.arguments import EXIT_INTERRUPTED, EXIT_USAGE, Parser, UsageError
+
+# Each has `declare(commands)`, which adds its parser with `run` as a default: options -> exit code.
+_SUBCOMMANDS = (check,)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = _parser().parse_args(arguments)
+    name = f"gputrain {options.command}"
+    try:
+        return int(options.run(options))
+    except UsageError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="gputrain", description="Tells the truth about training code.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for subcommand in _SUBCOMMANDS:
+        subcommand.declare(commands)
+    return parser

@@ -1,0 +1,55 @@
+"""What the subcommands share: exit codes, the one-line usage error, and how arguments are read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from pytest_gputrain.values import LEGAL_SECONDS, parse_seconds
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING_RAN, EXIT_INTERRUPTED = 0, 1, 2, 5, 130
+DEVICES = ("cpu", "cuda")
+
+
+class UsageError(Exception):
+    """Bad input; the message is one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: argparse would print the whole usage above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def add_deadlines(parser: argparse.ArgumentParser) -> None:
+    """``--timeout`` and ``--stall``, with the same environment twins as in pytest."""
+    # argparse reads a default that is text as if it were given.
+    for name, what in (
+        ("timeout", "deadline of one launch"),
+        ("stall", "hung when nothing moves for so long"),
+    ):
+        default = os.environ.get(f"GPUTRAIN_{name.upper()}") or None
+        parser.add_argument(f"--{name}", type=seconds, default=default, metavar="SECONDS", help=what)
+
+
+def device(text: str) -> str:
+    if text not in DEVICES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give {' or '.join(DEVICES)}")
+    return text
+
+
+def seconds(text: str) -> float:
+    try:
+        return parse_seconds(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give {LEGAL_SECONDS}") from None
+
+
+def file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a file in a folder that is there")
+    return path
