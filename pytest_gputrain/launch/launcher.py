@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..devices.visible import VARIABLE
-from . import client, output, payload, request, sweep
+from . import client, output, payload, request, scene, sweep
 from .errors import LaunchError, LaunchUsageError, ServerLost
 from .member import Member
 from .records import Cause, Verdict
@@ -238,6 +238,7 @@ def _concluded(
     ranks = [member.result(folder, supervision.began, ended_after=first) for member in members]
     ranks.sort(key=lambda rank: rank.rank)
     verdict, cause = judge(ranks, ending, seconds=seconds)
+    scene.keep(members, folder, passed=verdict is Verdict.PASSED)
     agent_output = output.read(folder / "agent0" / "stderr.log")
     if supervision.failed_agents and not any(member.failed for member in members):
         verdict, cause = Verdict.CRASHED, _agent_failed(supervision.failed_agents[0], agent_output)
