@@ -15,13 +15,14 @@ import pytest
 # Must come before anything imports the checks: their test modules keep their plain asserts otherwise.
 pytest.register_assert_rewrite("pytest_gputrain.checks")
 
-from pytest_gputrain.plugin.fixtures import ddp_launcher, gpu_count, grad_tracer  # noqa: E402
+from pytest_gputrain.plugin.fixtures import ddp_launcher, gpu_count, gpus, grad_tracer  # noqa: E402
 from pytest_gputrain.plugin.hooks import (  # noqa: E402
     pytest_addoption,
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_pyfunc_call,
     pytest_report_header,
+    pytest_runtest_protocol,
     pytest_runtest_setup,
     pytest_sessionstart,
     pytest_unconfigure,
@@ -62,6 +63,7 @@ __all__ = [
     "Verdict",
     "ddp_launcher",
     "gpu_count",
+    "gpus",
     "grad_tracer",
     "launch",
     "parametrize_with_checks",
@@ -70,6 +72,7 @@ __all__ = [
     "pytest_configure",
     "pytest_pyfunc_call",
     "pytest_report_header",
+    "pytest_runtest_protocol",
     "pytest_runtest_setup",
     "pytest_sessionstart",
     "pytest_unconfigure",

@@ -7,20 +7,37 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_gputrain.plugin import leasing
+
 if TYPE_CHECKING:
     from pytest_gputrain.plugin.launcher import PytestLauncher
     from pytest_gputrain.trace.gradients import GradTracer
 
 
 @pytest.fixture
-def gpu_count() -> int:
-    """Return how many GPUs this test may use.
+def gpu_count(request: pytest.FixtureRequest) -> int:
+    """Return how many GPUs this test may use: those that it holds, if it is marked ``requires_gpus``.
 
     ``CUDA_VISIBLE_DEVICES`` is respected (by index, UUID and MIG); no CUDA context is created.
     """
     from pytest_gputrain.devices import discover, visible_gpus
 
-    return len(visible_gpus(discover(), os.environ))
+    return len(leasing.held(request.node) or visible_gpus(discover(), os.environ))
+
+
+@pytest.fixture
+def gpus(request: pytest.FixtureRequest) -> leasing.HeldGpus:
+    """Return the GPUs that this test alone holds: ``index``, ``uuid``, ``name``, ``memory_bytes`` of each.
+
+    The ranks of ``ddp_launcher`` see these alone; ``gpus.devices`` are their names in the pytest process
+    itself.
+    """
+    if not (held := leasing.held(request.node)):
+        raise pytest.UsageError(
+            f"{request.node.nodeid}: the fixture gpus lists the GPUs that a test holds; "
+            "mark the test requires_gpus(n)"
+        )
+    return held
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from collections.abc import Generator
 
 import pytest
 
-from pytest_gputrain.plugin import cases, markers, settings, terminal
+from pytest_gputrain.plugin import cases, leasing, markers, settings, terminal
+from pytest_gputrain.plugin.xdist import XdistHooks, refusals
 
 
 def is_xdist_worker(config: pytest.Config) -> bool:
@@ -27,10 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
     resolved = settings.resolve(config)
     terminal.check_pretended_gpus()
     if not is_xdist_worker(config):
-        config.pluginmanager.register(terminal.Ledger(resolved.require_gpus or 0), "gputrain-ledger")
-    if hasattr(config.hook, "pytest_testnodedown"):  # whatever name xdist was loaded by
-        from pytest_gputrain.plugin.xdist import XdistHooks
+        from pytest_gputrain.plugin.lease_timeline import LeaseTimeline
 
+        config.pluginmanager.register(terminal.Ledger(resolved.require_gpus or 0), "gputrain-ledger")
+        config.pluginmanager.register(LeaseTimeline(resolved.report), "gputrain-timeline")
+    config.pluginmanager.register(leasing.LeaseSession(), "gputrain-leases")
+    if hasattr(config.hook, "pytest_testnodedown"):  # whatever name xdist was loaded by
         config.pluginmanager.register(XdistHooks(), "gputrain-xdist")
 
 
@@ -55,15 +58,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 # Before pytest's own -m, so that `-m gpu` sees the markers added here.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    try:
+    with refusals(config, items):
         cases.raise_refused(config)
         markers.prepare(items)
-    except pytest.UsageError as error:
-        if not is_xdist_worker(config):
-            raise
-        from pytest_gputrain.plugin.xdist import refuse
 
-        refuse(config, items, error)
+
+# Outermost: the wait for GPUs is over before pytest-timeout, whose hook this is too, starts its clock.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with leasing.leased(item):
+        return (yield)
 
 
 # So that checks which a test calls by parametrize_with_checks keep to this session's options.
@@ -87,4 +91,6 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
     if reason := markers.skip_reason(item):
         item.add_marker(pytest.mark.skip(reason=reason))
+    elif refusal := leasing.refused(item):
+        pytest.fail(refusal, pytrace=False)
     return (yield)

@@ -14,10 +14,12 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
-from pytest_gputrain.values import LEGAL_FLAG, LEGAL_SECONDS, parse_flag, parse_seconds
+from pytest_gputrain.values import LEGAL_SECONDS, parse_seconds
 
 COMMAND_LINE = "the command line"
 DEFAULT = "default"
+TRUE = ("true", "1", "yes", "on")
+FALSE = ("false", "0", "no", "off")
 
 
 # Named tuples in this room: a dataclass takes half a millisecond to make, in every pytest session.
@@ -27,10 +29,11 @@ class Settings(NamedTuple):
     cases: tuple[str, ...]
     report: Path | None
     require_gpus: int | None
-    share_gpu: bool
     timeout: float
     stall: float
     stability: bool
+    lease_dir: Path | None
+    lease_timeout: float
     origins: Mapping[str, str]
 
 
@@ -93,7 +96,9 @@ def _parse_seconds(text: str, folder: Path) -> float:
 
 
 def _parse_flag(text: str, folder: Path) -> bool:
-    return parse_flag(text)
+    if text.lower() not in (*TRUE, *FALSE):
+        raise ValueError
+    return text.lower() in TRUE
 
 
 SETTINGS = (
@@ -126,16 +131,6 @@ SETTINGS = (
         "N",
     ),
     Setting(
-        "share_gpu",
-        "--share-gpu",
-        "where ranks outnumber GPUs, let them share through gloo instead of skipping the test; such results "
-        "are labelled and never count for --require-gpus",
-        LEGAL_FLAG,
-        _parse_flag,
-        False,
-        kind="flag",
-    ),
-    Setting(
         "timeout",
         "--gputrain-timeout",
         "seconds that one launch may take before it is ended, with the stacks of all ranks",
@@ -157,10 +152,29 @@ SETTINGS = (
         "stability",
         "--stability",
         "run the tests marked stability too; without it, or a -m that names them, they are skipped",
-        LEGAL_FLAG,
+        "true or false",
         _parse_flag,
         False,
         kind="flag",
+    ),
+    Setting(
+        "lease_dir",
+        "--gputrain-lease-dir",
+        "folder through which the test runs of this host agree on who holds which GPU "
+        "(default: gputrain-leases in the temporary folder)",
+        "a folder, there or not yet there",
+        _parse_folder,
+        None,
+        "DIR",
+    ),
+    Setting(
+        "lease_timeout",
+        "--gputrain-lease-timeout",
+        "seconds that a test may wait for its GPUs, none of them its own; then it fails, with who holds them",
+        LEGAL_SECONDS,
+        _parse_seconds,
+        3600.0,
+        "SECONDS",
     ),
 )
 

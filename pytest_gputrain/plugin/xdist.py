@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from pytest_gputrain.plugin import lease_order
+
 _REFUSED = "gputrain_refused"
 
 
-def refuse(config: pytest.Config, items: list[pytest.Item], error: pytest.UsageError) -> None:
-    """In a worker: run nothing and let the controller say why.
+@contextlib.contextmanager
+def refusals(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Raise usage errors about the tests collected, or in a worker tell the controller instead.
 
-    Raised here, a usage error would be shown as a crash of the worker, with a traceback of xdist.
+    Raised in a worker it would be shown as a crash of that worker, with a traceback of xdist; so it runs
+    nothing.
     """
-    items.clear()
-    workeroutput: dict[str, Any] = config.workeroutput  # type: ignore[attr-defined]  # set by xdist
-    workeroutput[_REFUSED] = str(error)
+    try:
+        yield
+    except pytest.UsageError as error:
+        workeroutput: dict[str, Any] | None = getattr(config, "workeroutput", None)  # set by xdist
+        if workeroutput is None:
+            raise
+        items.clear()
+        workeroutput[_REFUSED] = str(error)
 
 
 class XdistHooks:
     """The controller's side."""
+
+    def pytest_configure_node(self, node: Any) -> None:
+        lease_order.tell_worker(node.config, node.workerinput)
 
     def pytest_testnodedown(self, node: Any, error: object) -> None:
         """Raise what a worker refused as the usage error it is, for the exit code of pytest."""

@@ -14,12 +14,14 @@ Run = Callable[..., pytest.RunResult]
 
 
 @pytest.fixture(autouse=True)
-def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [*os.environ]:
         if name.startswith(("GPUTRAIN_", "PYTEST_ADDOPTS", "CUDA_VISIBLE_DEVICES")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # The same pretended GPUs in every test: through the host's folder they would wait for each other.
+    monkeypatch.setenv("GPUTRAIN_LEASE_DIR", str(tmp_path / "leases"))
 
 
 @pytest.fixture

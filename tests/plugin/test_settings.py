@@ -19,6 +19,11 @@ def test_show(request):
 """
 
 
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GPUTRAIN_LEASE_DIR")  # which keeps the other tests from waiting for each other
+
+
 def test_defaults(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(SHOW)
     result = run("-s")

@@ -27,6 +27,7 @@ def test_header_once(
     pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
 ) -> None:
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "2")
+    monkeypatch.delenv("GPUTRAIN_LEASE_DIR")
     pytester.makepyfile("def test_nothing(): pass")
     lines = [line for line in run_child(*workers).outlines if "gputrain:" in line]
     assert lines == [

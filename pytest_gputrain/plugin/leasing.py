@@ -1,0 +1,207 @@
+"""A test marked ``requires_gpus`` holds its GPUs while it runs: from before its setup to after its teardown.
+
+The wait is over before pytest-timeout's clock starts, whatever its method. Where no GPU can be had in time
+the test fails in setup, with who holds them: neither green nor skipped, since the hardware is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pytest_gputrain.devices import Gpu, discover, visible_gpus
+from pytest_gputrain.devices.lease_folder import LeaseFolder, LeaseFolderError, default_path
+from pytest_gputrain.devices.shortage import count
+from pytest_gputrain.plugin import lease_order, markers
+from pytest_gputrain.plugin.settings import settings_of
+from pytest_gputrain.plugin.xdist import refusals
+from pytest_gputrain.values import parse_size
+
+if TYPE_CHECKING:
+    from pytest_gputrain.devices.leases import Lease
+
+# Turns of a second are nothing to talk about; then somebody may wonder what the session is doing.
+REPORT_AFTER = 5.0
+REPORT_EVERY = 60.0
+
+# Crosses processes under xdist: JSON, so a string.
+LEASE_PROPERTY = "gputrain_lease"
+
+_HELD = pytest.StashKey["HeldGpus"]()
+_REFUSED = pytest.StashKey[str]()
+
+
+class HeldGpus(tuple[Gpu, ...]):
+    """The GPUs that a test holds.
+
+    Ranks of ``ddp_launcher`` see these alone. In the pytest process itself, which sees all GPUs for the whole
+    session, they are ``devices``.
+    """
+
+    __slots__ = ()
+
+    @property
+    def devices(self) -> list[str]:
+        """``["cuda:2", "cuda:3"]``: what they are called in this process, in the order of the GPUs."""
+        order = visible_gpus(discover(), os.environ)
+        return [f"cuda:{order.index(gpu)}" for gpu in self]
+
+
+def folder_of(config: pytest.Config) -> LeaseFolder:
+    """Return the folder through which this session leases."""
+    return LeaseFolder(settings_of(config).lease_dir or default_path())
+
+
+class LeaseSession:
+    """What happens to the tests of a session once all others have had their say about which of them run."""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        with refusals(config, items):
+            _prepare_folder(config, items)
+            lease_order.order(config, items)
+
+
+def _prepare_folder(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Make the folder if any test will lease. Raises ``pytest.UsageError`` when it cannot be used."""
+    if config.getoption("collectonly") or not any(num_to_lease(item) for item in items):
+        return
+    try:
+        folder_of(config).prepare()
+    except LeaseFolderError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def num_to_lease(item: pytest.Item) -> int:
+    """Return how many GPUs the test is going to hold; 0 for none, also where there are too few for it."""
+    mark = item.get_closest_marker("requires_gpus")
+    if mark is None:
+        return 0
+    needed = markers.gpu_need(mark)
+    return needed.num_gpus if len(candidates(needed.memory)) >= needed.num_gpus else 0
+
+
+def candidates(memory: str | int | None) -> tuple[Gpu, ...]:
+    """Return the GPUs that CUDA shows and that have so much memory."""
+    least = 0 if memory is None else parse_size(memory)
+    return tuple(gpu for gpu in visible_gpus(discover(), os.environ) if gpu.memory_bytes >= least)
+
+
+def held(item: pytest.Item) -> HeldGpus:
+    """Return the GPUs that the test holds at this moment."""
+    return item.stash.get(_HELD, HeldGpus())
+
+
+def refused(item: pytest.Item) -> str | None:
+    """Return why the test, which is about to be set up, did not get its GPUs."""
+    return item.stash.get(_REFUSED, None)
+
+
+@contextlib.contextmanager
+def leased(item: pytest.Item) -> Iterator[None]:
+    """Hold the test's GPUs for the time of the block. What goes wrong is for the test's setup to raise."""
+    num_gpus = 0 if _is_skipped(item) else num_to_lease(item)
+    lease = _acquire(item, num_gpus) if num_gpus else None
+    if lease is not None:
+        item.stash[_HELD] = HeldGpus(lease.gpus)
+    try:
+        yield
+    finally:
+        if lease is not None:
+            _free_cached_memory()
+            lease.release()
+            del item.stash[_HELD]
+
+
+def _is_skipped(item: pytest.Item) -> bool:
+    """Whether it is plain that the test will not run. Conditions written as text are pytest's to evaluate."""
+    if item.get_closest_marker("skip"):
+        return True
+    conditions = (condition for mark in item.iter_markers("skipif") for condition in mark.args)
+    return any(condition and not isinstance(condition, str) for condition in conditions)
+
+
+def _acquire(item: pytest.Item, num_gpus: int) -> Lease | None:
+    from pytest_gputrain.devices.lease_place import Request
+    from pytest_gputrain.devices.leases import GpusOccupied, LeaseTimeout, acquire
+
+    settings, needed = settings_of(item.config), markers.gpu_need(_mark(item))
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    who = item.nodeid + (f" ({worker})" if worker else "")
+    request = Request(num_gpus, candidates(needed.memory), who, lease_order.expected(item))
+    folder = folder_of(item.config)
+    if _REFUSED in item.stash:  # an earlier try of the same test
+        del item.stash[_REFUSED]
+    try:
+        lease = acquire(
+            folder, request, deadline=settings.lease_timeout, on_wait=_Narrator(item, folder, num_gpus)
+        )
+    except (GpusOccupied, LeaseTimeout, LeaseFolderError, OSError) as error:
+        item.stash[_REFUSED] = str(error)
+        return None
+    _note(item, lease, worker)
+    return lease
+
+
+def _mark(item: pytest.Item) -> pytest.Mark:
+    mark = item.get_closest_marker("requires_gpus")
+    assert mark is not None
+    return mark
+
+
+def _note(item: pytest.Item, lease: Lease, worker: str) -> None:
+    """Tell the reports of this test what it holds, and how long it waited if that was worth a word."""
+    record = {
+        "gpus": [[gpu.index, gpu.uuid] for gpu in lease.gpus],
+        "since": lease.since,
+        "waited": round(lease.waited, 4),
+        "worker": worker or "main",
+        "pid": os.getpid(),
+    }
+    item.user_properties.append((LEASE_PROPERTY, json.dumps(record)))
+    if lease.waited >= REPORT_AFTER:
+        text = f"waited {lease.waited:.1f} s for {count(len(lease.gpus))}; no timeout of the test counts that"
+        item.add_report_section("setup", "gputrain lease", text)
+
+
+def _free_cached_memory() -> None:
+    """What a test left in torch's cache in this process would keep the GPU from whoever holds it next."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class _Narrator:
+    """Says on the terminal, now and then, what a test waits for and who holds it."""
+
+    def __init__(self, item: pytest.Item, folder: LeaseFolder, num_gpus: int) -> None:
+        self._item, self._folder, self._num_gpus = item, folder, num_gpus
+        self._next = REPORT_AFTER
+
+    def __call__(self, waited: float) -> None:
+        if waited < self._next:
+            return
+        self._next = waited + REPORT_EVERY
+        from pytest_gputrain.devices.leases import holders
+
+        held = "; ".join(map(str, holders(self._folder))) or "nobody at this moment"
+        wait = f"{self._item.nodeid} has waited {waited:.0f} s for {count(self._num_gpus)}"
+        say(self._item.config, f"gputrain: {wait}; held: {held}")
+
+
+def say(config: pytest.Config, line: str) -> None:
+    """Write a line for people between two tests. A worker's standard error is that of the session."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:
+        print(line, file=sys.__stderr__, flush=True)
+        return
+    reporter.ensure_newline()
+    reporter.write_line(line)
