@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 import re
 
+LEGAL_FLAG = "true or false"
 LEGAL_SECONDS = "a number of seconds above 0"
 LEGAL_SIZE = 'a size above 0 such as "80GB", "79.1GiB" or a number of bytes'
+
+TRUE = ("true", "1", "yes", "on")
+FALSE = ("false", "0", "no", "off")
 
 # Vendors sell "80 GB" and mean at least 80 * 10**9 bytes; GiB is there for those who mean 2**30.
 UNITS = {
@@ -21,6 +25,13 @@ UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+
+
+def parse_flag(text: str) -> bool:
+    """Return what a flag written as text means. Raises ``ValueError`` saying what is legal."""
+    if text.lower() not in (*TRUE, *FALSE):
+        raise ValueError(f"{text!r} is not {LEGAL_FLAG}")
+    return text.lower() in TRUE
 
 
 def parse_seconds(text: str) -> float:

@@ -25,7 +25,7 @@ needs_linux = pytest.mark.skipif("sys.platform != 'linux'", reason="launching ra
 
 @pytest.fixture(autouse=True)
 def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("GPUTRAIN_FAKE_GPUS", "CUDA_VISIBLE_DEVICES"):
+    for name in ("GPUTRAIN_FAKE_GPUS", "GPUTRAIN_SHARE_GPU", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -103,7 +103,29 @@ def test_too_few_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert code_of(["check", "--device", "cuda"]) == 2
     assert capsys.readouterr().err == (
         "gputrain check: --device cuda --world-size 2 needs 2 GPUs, found 1 (pretended GPU, by "
-        "GPUTRAIN_FAKE_GPUS); give --device cpu or fewer ranks\n"
+        "GPUTRAIN_FAKE_GPUS); --share-gpu lets ranks share it through gloo; give --device cpu or "
+        "fewer ranks\n"
+    )
+
+
+def test_pretended_gpus_cannot_be_shared(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1")
+    assert code_of(["check", "--device", "cuda", "--share-gpu", GPT]) == 2
+    assert capsys.readouterr().err == (
+        "gputrain check: GPUs found here are pretended (GPUTRAIN_FAKE_GPUS=1): tests select and skip by "
+        "them, but nothing can run on them; use device='cpu'\n"
+    )
+
+
+def test_share_gpu_by_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUTRAIN_SHARE_GPU", "perhaps")
+    assert code_of(["check", GPT]) == 2
+    assert capsys.readouterr().err == (
+        "gputrain check: GPUTRAIN_SHARE_GPU='perhaps' is not legal; give true or false\n"
     )
 
 

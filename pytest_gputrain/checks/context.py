@@ -11,6 +11,9 @@ DEVICES = ("cpu", "cuda")
 # What starts ranks where a context names nothing: pytest's session puts its own here for each test.
 SESSION_LAUNCHER: ContextVar[Any] = ContextVar("gputrain_session_launcher", default=None)
 
+# The label of a check's launches whose ranks shared GPUs: every figure of that check carries it.
+SHARED_GPU: ContextVar[str | None] = ContextVar("gputrain_shared_gpu", default=None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckContext:

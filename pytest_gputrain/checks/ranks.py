@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.case import TrainingCase
-from pytest_gputrain.checks.context import SESSION_LAUNCHER, CheckContext
+from pytest_gputrain.checks.context import SESSION_LAUNCHER, SHARED_GPU, CheckContext
 from pytest_gputrain.checks.result import CheckFailed, CheckOutcome, CheckSkipped, CheckUndecided
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def on_ranks(
     PASSED, its cause first; CheckUndecided when the check's own code raised; whatever a body raised of
     CheckOutcome.
     """
-    _require_gpus(ctx, world_size)
     launcher = _launcher(ctx)
+    _require_gpus(ctx, world_size, launcher.defaults.share_gpu)
     result = launcher(
         _enter,
         body,
@@ -61,6 +61,8 @@ def on_ranks(
         env=_ENVIRON,
         check=False,
     )
+    if result.shared_gpu:
+        SHARED_GPU.set(result.shared_gpu)
     _raise_for(result, doing, keeps_artifacts=launcher.defaults.artifacts is not None)
     for value in result.values:
         if isinstance(value, Ended):
@@ -73,12 +75,12 @@ def alone(body: RankBody, case: TrainingCase, ctx: CheckContext, *args: Any, doi
     return on_ranks(body, case, ctx, *args, world_size=1, doing=doing)[0]
 
 
-def _require_gpus(ctx: CheckContext, world_size: int) -> None:
+def _require_gpus(ctx: CheckContext, world_size: int, share_gpu: bool) -> None:
     if ctx.device != "cuda":
         return
-    from pytest_gputrain.devices import shortage
+    from pytest_gputrain.devices.sharing import lacking
 
-    if lack := shortage(world_size):
+    if lack := lacking(world_size, share_gpu=share_gpu):
         raise CheckSkipped(lack)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.case.loading import describe
-from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.context import SHARED_GPU, CheckContext
 from pytest_gputrain.checks.result import (
     CheckFailed,
     CheckOutcome,
@@ -96,7 +96,9 @@ def chosen_ids(checks: Iterable[str] | None) -> list[str]:
 def _run(check_id: str, body: _Body, case: TrainingCase, ctx: CheckContext) -> CheckResult:
     started = time.monotonic()
     outcome: Outcome = "passed"
-    message, figures = "", {}
+    message = ""
+    figures: Figures = {}
+    SHARED_GPU.set(None)
     try:
         figures = body(case, ctx)
         message = "; ".join(figures.get("notes", ()))
@@ -105,6 +107,8 @@ def _run(check_id: str, body: _Body, case: TrainingCase, ctx: CheckContext) -> C
     except Exception as error:
         # A defect of the check must never read as one of the user's program, nor as a pass.
         outcome, message = "error", f"the check itself failed: {describe(error)}"
+    if shared := SHARED_GPU.get():
+        figures = {**figures, "shared_gpu": shared}
     return CheckResult(check_id, case.name, outcome, message, figures, time.monotonic() - started)
 
 

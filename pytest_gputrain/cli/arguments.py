@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from pytest_gputrain.values import LEGAL_SECONDS, parse_seconds
+from pytest_gputrain.values import LEGAL_FLAG, LEGAL_SECONDS, parse_flag, parse_seconds
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING_RAN, EXIT_INTERRUPTED = 0, 1, 2, 5, 130
 DEVICES = ("cpu", "cuda")
@@ -33,6 +33,15 @@ def add_deadlines(parser: argparse.ArgumentParser) -> None:
     ):
         default = os.environ.get(f"GPUTRAIN_{name.upper()}") or None
         parser.add_argument(f"--{name}", type=seconds, default=default, metavar="SECONDS", help=what)
+
+
+def flag_of(variable: str) -> bool:
+    """A flag's environment twin; empty counts as not set. Raises UsageError."""
+    text = os.environ.get(variable, "").strip()
+    try:
+        return bool(text) and parse_flag(text)
+    except ValueError:
+        raise UsageError(f"{variable}={text!r} is not legal; give {LEGAL_FLAG}") from None
 
 
 def device(text: str) -> str:

@@ -17,6 +17,7 @@ from pytest_gputrain.cli.arguments import (
     add_deadlines,
     device,
     file,
+    flag_of,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add("--checks", metavar="A,B", help="ids of the checks to run (default: all)")
     add("--world-size", type=_ranks, default=2, metavar="N", help="number of ranks (default: 2)")
     add("--device", type=device, default="cpu", help="cpu (gloo, the default) or cuda (nccl)")
+    add("--share-gpu", action="store_true", help="with cuda: ranks that outnumber the GPUs share by gloo")
     add_deadlines(check)
     add("--json", type=file, metavar="FILE", help="also write the results there")
 
@@ -59,11 +61,13 @@ def _check(options: argparse.Namespace) -> int:
     from pytest_gputrain.launch import LaunchDefaults, Launcher, LaunchUsageError
 
     ids = _selected(options.checks, tuple(all_check_ids()))
+    options.share_gpu = options.share_gpu or flag_of("GPUTRAIN_SHARE_GPU")
     _require_gpus(options)
     given = [*options.specs, *(options.gputrain_case or ())]
     cases = _cases(given or os.environ.get("GPUTRAIN_CASE", "").replace(",", " ").split())
-    if options.stall is not None:
-        SESSION_LAUNCHER.set(Launcher(defaults=LaunchDefaults(stall=options.stall)))
+    if options.stall is not None or options.share_gpu:
+        stall = {} if options.stall is None else {"stall": options.stall}
+        SESSION_LAUNCHER.set(Launcher(defaults=LaunchDefaults(share_gpu=options.share_gpu, **stall)))
     context = CheckContext(device=options.device, world_size=options.world_size, timeout=options.timeout)
     results: list[CheckResult] = []
     try:
@@ -96,9 +100,11 @@ def _selected(wanted: str | None, legal: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _require_gpus(options: argparse.Namespace) -> None:
-    from pytest_gputrain.devices import shortage
+    from pytest_gputrain.devices.sharing import lacking
 
-    if options.device == "cuda" and (lack := shortage(options.world_size)):
+    if options.device != "cuda":
+        return
+    if lack := lacking(options.world_size, share_gpu=options.share_gpu):
         raise UsageError(
             f"--device cuda --world-size {options.world_size} {lack}; give --device cpu or fewer ranks"
         )

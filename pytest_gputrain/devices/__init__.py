@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pytest_gputrain.devices.inventory import Gpu, Inventory, discover
+from pytest_gputrain.devices.sharing import gpus_to_share
 from pytest_gputrain.devices.shortage import describe_found, shortage
 from pytest_gputrain.devices.visible import visible_gpus
 
@@ -11,6 +12,7 @@ __all__ = [
     "Inventory",
     "describe_found",
     "discover",
+    "gpus_to_share",
     "shortage",
     "visible_gpus",
 ]

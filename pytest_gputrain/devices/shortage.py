@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from pytest_gputrain.devices.inventory import Gpu, discover
-from pytest_gputrain.devices.visible import VARIABLE, visible_gpus
+from pytest_gputrain.devices.visible import VARIABLE, named_twice, visible_gpus
 from pytest_gputrain.values import format_size, parse_size
 
 
@@ -52,13 +52,18 @@ def describe_found(environ: Mapping[str, str] = os.environ, *, sizes: bool = Fal
     visible = visible_gpus(inventory, environ)
     if not inventory.gpus:
         return f"0 by {inventory.source}" + (f" ({inventory.detail})" if inventory.detail else "")
-    parts = [_kinds(visible, sizes)] if visible else []
-    if (num_hidden := len(inventory.gpus) - len(visible)) > 0:
+    parts = [kinds(visible, sizes)] if visible else []
+    if (twice := named_twice(inventory, environ)) is not None:
+        which = twice.uuid if twice.mig else f"GPU {twice.index}"
+        asked = environ.get(VARIABLE, "")
+        parts.append(f"{VARIABLE}={asked!r} names {which} twice, so CUDA shows none: name each once")
+    elif (num_hidden := len(inventory.gpus) - len(visible)) > 0:
         parts.append(f"{num_hidden} hidden by {VARIABLE}={environ.get(VARIABLE, '')!r}")
     return f"{len(visible)} ({', '.join([*parts, f'by {inventory.source}'])})"
 
 
-def _kinds(gpus: tuple[Gpu, ...], sizes: bool) -> str:
-    kinds = [f"{gpu.name} {format_size(gpu.memory_bytes)}" if sizes else gpu.name for gpu in gpus]
-    numbers = {kind: kinds.count(kind) for kind in kinds}
+def kinds(gpus: Sequence[Gpu], sizes: bool = False) -> str:
+    """Return ``NVIDIA T4, 2 x NVIDIA H200``; with ``sizes``, the memory of each too."""
+    names = [f"{gpu.name} {format_size(gpu.memory_bytes)}" if sizes else gpu.name for gpu in gpus]
+    numbers = {kind: names.count(kind) for kind in names}
     return ", ".join(kind if number == 1 else f"{number} x {kind}" for kind, number in numbers.items())

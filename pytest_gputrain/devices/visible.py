@@ -25,15 +25,26 @@ def visible_gpus(inventory: Inventory, environ: Mapping[str, str]) -> tuple[Gpu,
     asked = environ.get(VARIABLE)
     if asked is None:
         return inventory.gpus
+    chosen = _chosen(inventory, asked)
+    return () if _twice(chosen) else chosen
+
+
+def named_twice(inventory: Inventory, environ: Mapping[str, str]) -> Gpu | None:
+    """Return the GPU that ``CUDA_VISIBLE_DEVICES`` gives twice, which is why CUDA shows none at all."""
+    return _twice(_chosen(inventory, environ.get(VARIABLE, "")))
+
+
+def _chosen(inventory: Inventory, asked: str) -> tuple[Gpu, ...]:
     chosen: list[Gpu] = []
     for entry in asked.split(","):
-        gpu = _named(entry.strip(), inventory.gpus)
-        if gpu is None:
+        if (gpu := _named(entry.strip(), inventory.gpus)) is None:
             break
-        if gpu in chosen:
-            return ()
         chosen.append(gpu)
     return tuple(chosen)
+
+
+def _twice(chosen: tuple[Gpu, ...]) -> Gpu | None:
+    return next((gpu for number, gpu in enumerate(chosen) if gpu in chosen[:number]), None)
 
 
 def _named(entry: str, gpus: tuple[Gpu, ...]) -> Gpu | None:

@@ -15,6 +15,17 @@ class LaunchUsageError(ValueError):
     """
 
 
+class TooFewGpus(LaunchUsageError):
+    """More ranks asked for on GPUs than there are GPUs; ``needed`` is that in short, with the numbers."""
+
+    def __init__(self, message: str, needed: str = "") -> None:
+        super().__init__(message)
+        self.needed = needed
+
+    def __reduce__(self) -> tuple[type[TooFewGpus], tuple[str, str]]:
+        return type(self), (str(self), self.needed)
+
+
 class UnsupportedPlatform(LaunchUsageError):
     """Ranks cannot be started on this operating system; in pytest, tests that launch are skipped."""
 

@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import client, output, payload, request, sweep
+from ..devices.visible import VARIABLE
+from . import client, output, payload, request, scene, sweep
 from .errors import LaunchError, LaunchUsageError, ServerLost
 from .member import Member
 from .records import Cause, Verdict
@@ -59,10 +60,12 @@ class Launcher:
         request.linux()
         size = request.whole("world_size", world_size, most=512)
         request.one_of("isolation", isolation, request.ISOLATIONS)
-        where, how = request.device_and_backend(device or self.defaults.device, backend, size)
+        environ = self._visible(request.environment(env))
+        where, how, shared_gpu = request.placement(
+            device or self.defaults.device, backend, size, environ, share_gpu=self.defaults.share_gpu
+        )
         if not callable(target):
             raise LaunchUsageError(f"target={target!r}: must be a function; for a script use .torchrun(path)")
-        environ = request.environment(env)
         spec = {
             "start_environ": environ,
             **self._times(timeout, stall),
@@ -70,6 +73,7 @@ class Launcher:
             "world_size": size,
             "device": where,
             "backend": how,
+            "shared_gpu": shared_gpu,
             "environ": self._environ(environ, size),
             "sys_path": [entry or os.getcwd() for entry in sys.path],
             "argv": list(sys.argv),
@@ -104,12 +108,12 @@ class Launcher:
         nnodes = request.whole("nnodes", nnodes, most=64)
         max_restarts = request.whole("max_restarts", max_restarts, least=0)
         simulated = nnodes if rdzv_endpoint is None else 1
-        if self.defaults.device == "cuda":
-            request.enough_gpus(nproc * simulated)
+        environ = self._visible(request.environment(env))
+        if self.defaults.device == "cuda":  # share_gpu or not: a script chooses device and backend itself
+            request.enough_gpus(nproc * simulated, environ)
         script = request.script_or_module(script_or_module, module)
         options = [f"--nproc-per-node={nproc}", f"--nnodes={nnodes}", f"--max-restarts={max_restarts}"]
         options += _rendezvous(rdzv_endpoint, node_rank)
-        environ = request.environment(env)
         spec = {
             "start_environ": environ,
             **self._times(timeout, stall),
@@ -131,10 +135,11 @@ class Launcher:
             "stall": request.seconds("stall", self.defaults.stall if stall is None else stall),
         }
 
+    def _visible(self, environ: dict[str, str]) -> dict[str, str]:
+        return {**environ, VARIABLE: ",".join(self.defaults.gpus)} if self.defaults.gpus else environ
+
     def _environ(self, environ: dict[str, str], world_size: int | None) -> dict[str, str]:
         environ = {**environ, sweep.MARK: uuid.uuid4().hex}
-        if self.defaults.gpus:
-            environ["CUDA_VISIBLE_DEVICES"] = ",".join(self.defaults.gpus)
         if world_size is None:
             return environ
         if world_size > 1:  # as torchrun does: N ranks with a thread a core each would trip over each other
@@ -165,6 +170,7 @@ class Launcher:
             if temporary:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        result.shared_gpu = spec.get("shared_gpu")
         if temporary:
             result.own_folder()
         if check and not result.passed:
@@ -232,6 +238,7 @@ def _concluded(
     ranks = [member.result(folder, supervision.began, ended_after=first) for member in members]
     ranks.sort(key=lambda rank: rank.rank)
     verdict, cause = judge(ranks, ending, seconds=seconds)
+    scene.keep(members, folder, passed=verdict is Verdict.PASSED)
     agent_output = output.read(folder / "agent0" / "stderr.log")
     if supervision.failed_agents and not any(member.failed for member in members):
         verdict, cause = Verdict.CRASHED, _agent_failed(supervision.failed_agents[0], agent_output)

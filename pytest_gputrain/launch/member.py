@@ -30,7 +30,9 @@ class Member:
         self.moving = False
         self.stacks = ""
         self.waiting_at: str | None = None
+        self.waits_in: str | None = None
         self.in_collective = False
+        self.records: list[dict[str, Any]] = []
         self._used, self._size = 0.0, 0
         self._since = float("-inf")
 

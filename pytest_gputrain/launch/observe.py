@@ -46,6 +46,7 @@ def dump(members: Sequence[Member], folder: Path) -> None:
         frames = stacks.main_thread(text)
         frame = stacks.user_frame(frames)
         member.waiting_at = str(frame) if frame else None
+        member.waits_in = stacks.waits_in(frames)
         # A side thread (an asynchronous checkpoint) may yet send what the main thread waits for.
         member.in_collective = stacks.in_collective(frames) and not stacks.side_thread_works(text)
 

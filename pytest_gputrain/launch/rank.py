@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from . import output, payload, process, stacks, wire
+from . import output, payload, process, recorder, stacks, sweep, wire
 
 DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 64) - 3  # macOS has no real-time signals, and no launches
 """Asks a rank for its stacks. A real-time signal, because scripts take SIGUSR1 for themselves."""
@@ -77,6 +77,8 @@ def take_place(parent: int, folder: Path, rank: int, environ: Mapping[str, str],
     if cwd is not None:
         os.chdir(cwd)
     _new_randomness()
+    if rank >= 0:
+        recorder.place(str(folder / f"rank{rank}"), environ.get(sweep.MARK), rank)
 
 
 def _new_randomness() -> None:

@@ -10,9 +10,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..devices.inventory import FAKE_VARIABLE, discover
-from .errors import LaunchUsageError, UnsupportedPlatform
+from ..devices.sharing import gpus_to_share, label
+from ..devices.shortage import count, describe_found
+from ..devices.visible import visible_gpus
+from .errors import LaunchUsageError, TooFewGpus, UnsupportedPlatform
 
 DEVICES = ("cpu", "cuda")
 BACKENDS = ("gloo", "nccl", "cpu:gloo,cuda:nccl")
@@ -25,6 +29,7 @@ class LaunchDefaults:
 
     ``artifacts`` is the folder that gets one sub-folder a launch; None means a temporary one, which lives
     as long as the ``LaunchResult``. ``gpus`` are the UUIDs or indices that ranks may see; empty means all.
+    With ``share_gpu``, ranks that outnumber the GPUs share them through gloo, and the result says so.
     """
 
     timeout: float = 300.0
@@ -32,6 +37,15 @@ class LaunchDefaults:
     device: str = "cpu"
     artifacts: Path | None = None
     gpus: tuple[str, ...] = ()
+    share_gpu: bool = False
+
+
+class Placement(NamedTuple):
+    """Where ranks run and how they talk; ``shared_gpu`` is the label of ranks that share GPUs, else None."""
+
+    device: str
+    backend: str
+    shared_gpu: str | None = None
 
 
 def whole(name: str, value: object, *, least: int = 1, most: int | None = None) -> int:
@@ -61,29 +75,43 @@ def one_of(name: str, value: object, legal: tuple[str, ...]) -> str:
     return value
 
 
-def device_and_backend(device: object, backend: object, ranks: int) -> tuple[str, str]:
-    """The device and the backend that fits it. Raises LaunchUsageError, also for more ranks than GPUs."""
+def placement(
+    device: object, backend: object, ranks: int, environ: Mapping[str, str], *, share_gpu: bool
+) -> Placement:
+    """The device and the backend that fits it. Raises LaunchUsageError, also for more ranks than GPUs.
+
+    ``environ`` is that of the ranks: its CUDA_VISIBLE_DEVICES counts.
+    """
     where = one_of("device", device, DEVICES)
     how = one_of("backend", backend or ("nccl" if where == "cuda" else "gloo"), BACKENDS)
     if where == "cpu" and how != "gloo":
         raise LaunchUsageError(f"backend={how!r} needs device='cuda'; on device='cpu' use backend='gloo'")
-    if where == "cuda":
-        enough_gpus(ranks)
-    return where, how
-
-
-def enough_gpus(ranks: int) -> None:
-    """Raises LaunchUsageError when there are fewer GPUs than ranks."""
-    found = discover()
-    if os.environ.get(FAKE_VARIABLE) and len(found.gpus) >= ranks:
+    if where == "cpu":
+        return Placement(where, how)
+    shared = gpus_to_share(ranks, None, environ) if share_gpu else ()
+    if shared and backend not in (None, "gloo"):
         raise LaunchUsageError(
-            f"the {len(found.gpus)} GPUs are pretended ({FAKE_VARIABLE}): tests select and skip by them, "
-            "but nothing can run on them; use device='cpu'"
+            f"backend={how!r}: NCCL refuses two ranks on one GPU, and {ranks} ranks share "
+            f"{count(len(shared))} here (--share-gpu); leave backend out or give 'gloo'"
         )
-    if len(found.gpus) < ranks:
+    enough_gpus(len(shared) or ranks, environ)
+    return Placement(where, "gloo", label(ranks, shared)) if shared else Placement(where, how)
+
+
+def enough_gpus(ranks: int, environ: Mapping[str, str]) -> None:
+    """Raises LaunchUsageError when there are fewer GPUs than ranks, or only pretended ones."""
+    num_gpus = len(visible_gpus(discover(environ), environ))
+    if num_gpus < ranks:
+        found = describe_found(environ)
+        raise TooFewGpus(
+            f"{ranks} ranks on device='cuda' need {count(ranks)}, found {found}; "
+            "use fewer ranks, device='cpu', or mark the test requires_gpus so that it skips",
+            f"{count(ranks)}, found {found}",
+        )
+    if environ.get(FAKE_VARIABLE):
         raise LaunchUsageError(
-            f"{ranks} ranks on device='cuda' need {ranks} GPUs, found {len(found.gpus)} (by {found.source}); "
-            "use fewer ranks, device='cpu', or mark the test requires_gpus so that it skips"
+            f"GPUs found here are pretended ({FAKE_VARIABLE}={environ[FAKE_VARIABLE]}): tests select and "
+            "skip by them, but nothing can run on them; use device='cpu'"
         )
 
 

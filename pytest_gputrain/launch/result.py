@@ -32,7 +32,8 @@ class LaunchResult:
 
     ``artifacts`` is the folder with each rank's ``stdout.log``, ``stderr.log`` and ``stacks.txt``; it lives
     at least as long as this object. ``seconds`` runs from the fork of the first rank to the verdict.
-    ``exit_code`` is what torchrun would have returned (scripts) or 0 and 1 (functions).
+    ``exit_code`` is what torchrun would have returned (scripts) or 0 and 1 (functions). ``shared_gpu`` says
+    so where ranks shared GPUs: no figure of such a launch counts as one of several GPUs.
     """
 
     verdict: Verdict
@@ -42,6 +43,7 @@ class LaunchResult:
     seconds: float
     leftovers: list[str] = field(default_factory=list)
     agent_output: str = ""
+    shared_gpu: str | None = None
 
     def own_folder(self) -> None:
         """Removes ``artifacts`` when this object is collected, at the latest when the process exits."""
@@ -65,12 +67,14 @@ class LaunchResult:
     def summary(self) -> str:
         """The whole text of a launch that did not pass. Its first line alone says what to mend."""
         if self.passed:
-            return f"PASSED: {output.rank_list(r.rank for r in self.ranks)} in {self.seconds:.1f} s"
+            shared = f" ({self.shared_gpu})" if self.shared_gpu else ""
+            return f"PASSED: {output.rank_list(r.rank for r in self.ranks)} in {self.seconds:.1f} s{shared}"
         if self.verdict is Verdict.SKIPPED:
             return f"SKIPPED: {self.cause}"
         lines = [f"{self.verdict} after {self.seconds:.1f} s: {self.cause}"]
         if self.cause is not None and (advice := _LIKELY.get(self._symptom(self.cause))):
             lines.append(f"  likely: {advice}")
+        lines += [f"  {self.shared_gpu}"] if self.shared_gpu else []
         lines += [f"  {line}" for line in self._others()]
         lines += self._traceback()
         lines += self._outputs()

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import output, pages, process, rank, wire
+from . import output, pages, process, rank, recorder, wire
 
 _ORPHAN_CHECK = 1.0  # seconds between looks at the parent, for owners whose socket a forked child keeps open
 
@@ -186,5 +186,7 @@ def main(fd: int, owner: int, preload: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
     _import(preload)
     assert output and rank  # what ranks need is loaded now, once
+    with contextlib.suppress(Exception):  # torch's private parts may have moved: ranks then go unrecorded
+        recorder.prepare()
     Server(socket.socket(fileno=fd), owner).serve()
     os._exit(0)  # tearing torch down takes longer than the owner should wait

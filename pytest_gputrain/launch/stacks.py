@@ -26,6 +26,8 @@ _COLLECTIVE = re.compile(
 )
 
 
+_RECORDER = _PACKAGE + "/launch/recorder.py"
+_WRAPPERS = ("wrapper", "inner", "_wrapped_call_impl", "_call_impl", "decorate_context", "_fn")
 _WAITING_FILES = ("/threading.py", "/queue.py", "/selectors.py")
 
 DUMP_MARK = "--- dump "
@@ -62,7 +64,7 @@ def main_thread(dump: str) -> list[Frame]:
 def _threads(dump: str) -> list[tuple[bool, list[Frame]]]:
     """(whether it is marked as current, its frames) of every thread in a faulthandler dump."""
     threads: list[tuple[bool, list[Frame]]] = []
-    for line in dump.splitlines():
+    for line in without_recorder(dump).splitlines():
         if line.startswith(("Thread ", "Current thread ")):
             threads.append((line.startswith("Current"), []))
         elif threads and (match := _FRAME.match(line)):
@@ -80,11 +82,17 @@ def side_thread_works(dump: str) -> bool:
     return any(user_frame(frames) is not None for frames in busy)
 
 
+def without_recorder(dump: str) -> str:
+    """A dump without the thread that answers for a rank: it is nobody's concern."""
+    blocks = dump.split("\n\n")
+    return "\n\n".join(block for block in blocks if f'File "{_RECORDER}"' not in block)
+
+
 def last_dump(dump: str) -> str:
     """The last of several dumps in one file, without the frames below this package's rank code."""
     lines: list[str] = []
     below = False
-    for line in dump.rstrip().splitlines():
+    for line in without_recorder(dump).rstrip().splitlines():
         if line.startswith(DUMP_MARK):
             lines, below = [], False
             continue
@@ -120,6 +128,22 @@ def in_collective(frames: Sequence[Frame]) -> bool:
     return False
 
 
+def waits_in(frames: Sequence[Frame]) -> str | None:
+    """The torch function that the user's line called and that has not returned; None for other code."""
+    called = None
+    for frame in frames:
+        if is_users(frame.file):
+            break
+        if frame.function not in _WRAPPERS and frame.file.startswith(_torch_folder()):
+            called = frame.function
+    return called
+
+
+def is_users(file: str) -> bool:
+    """Whether a file is neither torch's nor the standard library's, installed, or this package's."""
+    return not (_is_machinery(file) or file.startswith(_CHECKING) or _INSTALLED.search(file))
+
+
 def error_location(tb: TracebackType | None) -> str | None:
     """``file:line in function`` of the innermost user frame of a traceback, or None."""
     frames = [Frame(f.filename, f.lineno or 0, f.name) for f in reversed(traceback.extract_tb(tb))]
@@ -138,6 +162,7 @@ def _is_ours(file: str) -> bool:
     return file.startswith(_PACKAGE + "/launch/")
 
 
+@lru_cache(maxsize=4096)
 def _is_machinery(file: str) -> bool:
     if file.startswith(("<frozen", "<string>")) or _is_ours(file):  # <string>: the server's bootstrap
         return True

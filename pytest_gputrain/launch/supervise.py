@@ -12,6 +12,7 @@ from typing import Any
 from . import observe, wire
 from .client import ServerHandle
 from .errors import ServerLost
+from .lookout import Lookout
 from .member import Member
 from .verdict import Ending
 
@@ -21,12 +22,6 @@ GRACE = 1.0
 """Seconds that the other ranks of a function get, after a first failure, to report theirs."""
 AGENT_GRACE = 4.0
 """Seconds that an elastic agent gets to notice a failure, end its workers and print what torchrun prints."""
-DESERTED_AFTER = 0.75
-"""Seconds without movement or report before ranks that others have left are asked for their stacks."""
-SECOND_LOOK = 0.5
-"""Seconds until they are asked again; only what is the same then counts."""
-DEADLOCKED_AFTER = 5.0
-"""The same where no rank has left: they may all wait for a slow network."""
 RELEASE_DEADLINE = 10.0
 
 
@@ -46,11 +41,11 @@ class Supervision:
         self._agent_pids: list[int] = []
         self._exited_pids: set[int] = set()
         self._ended: dict[str, Any] | None = None
-        self._first_look: tuple[float, list[str | None]] = (0.0, [])
         self._decided = False
         self._restarts_left = spec.get("max_restarts", 0)
-        self.began = self._last_news = self._last_sample = self._next_look = time.monotonic()
+        self.began = self._last_news = self._last_sample = time.monotonic()
         self._forked = False
+        self.lookout = Lookout(members, spec, folder)
 
     # -- start and end ------------------------------------------------------------------------------
 
@@ -94,7 +89,7 @@ class Supervision:
             self._sample()
             if time.monotonic() >= deadline:
                 return "deadline"
-            if (stuck := self._nobody_can_go_on()) is not None:
+            if (stuck := self.lookout.nobody_can_go_on(self._last_news)) is not None:
                 return stuck
             still = time.monotonic() - max(member.last_moved for member in self._running())
             if self._forked and still > self._spec["stall"]:
@@ -105,10 +100,11 @@ class Supervision:
         # From here on nothing counts: what a rank still does may be the effect of being asked or ended.
         self._decided = ending != "complete"
         self.failed_agents = [agent for agent in self.agent_exits if agent["exit_code"] != 0]
+        if ending != "complete":
+            self._look_closely(ending)
         if ending == "complete" or not self._running():
             self._release()
         else:
-            self._look_closely(ending)
             self._command("terminate")
             self._receive_until(self._all_exited, 0.5)
         self._command("end")
@@ -250,31 +246,12 @@ class Supervision:
         self._last_sample = now
         observe.sample(self._running(), self._folder, now)
 
-    def _nobody_can_go_on(self) -> Ending | None:
-        """Whether every rank that still runs waits in a collective for what cannot come: a certain hang.
-
-        Certain only after two looks, between which nothing moved and nobody reported. Not asked where some
-        ranks run on other hosts: they may still come.
-        """
-        running, now = self._running(), time.monotonic()
-        ending: Ending = "deadlocked" if len(running) == len(self.members) else "deserted"
-        patience = DEADLOCKED_AFTER if ending == "deadlocked" else DESERTED_AFTER
-        quiet_since = max(self._last_news, *(member.last_moved for member in running))
-        if self._spec.get("remote_nodes") or any(member.pid is None for member in running):
-            return None
-        if now - quiet_since < patience or now < self._next_look:
-            return None
-        observe.dump(running, self._folder)
-        seen = [member.waiting_at for member in running if member.in_collective]
-        first_look, self._first_look = self._first_look, (quiet_since, seen)
-        self._next_look = now + SECOND_LOOK
-        return ending if len(seen) == len(running) and first_look == self._first_look else None
-
     def _look_closely(self, ending: Ending) -> None:
         """Stacks of what still runs, and whether it moves: before it is ended."""
         running = self._running()
         if ending not in ("deserted", "deadlocked"):  # those were decided by a look that is to be shown
             observe.dump(running, self._folder)
+            self.lookout.look()
         if ending != "deadline":
             return
         recent = min(1.0, self._spec["timeout"] / 2)

@@ -18,8 +18,8 @@ from pytest_gputrain.launch import (
     UnsupportedPlatform,
     Verdict,
 )
-from pytest_gputrain.plugin import leasing
-from pytest_gputrain.plugin.markers import SHORTAGE_PROPERTY
+from pytest_gputrain.launch.errors import TooFewGpus
+from pytest_gputrain.plugin import leasing, properties
 from pytest_gputrain.plugin.settings import settings_of
 
 if TYPE_CHECKING:
@@ -70,22 +70,38 @@ class PytestLauncher(Launcher):
 
     def _in_pytest(self, launch: Callable[..., LaunchResult], *args: Any, **kwargs: Any) -> LaunchResult:
         __tracebackhide__ = True
+        failed = False
         try:
-            return launch(*args, **kwargs)
+            result = launch(*args, **kwargs)
         except UnsupportedPlatform as error:
             pytest.skip(str(error))
+        except TooFewGpus as error:
+            # A script, in a test that runs only because the ranks of functions can share.
+            if properties.has(self._node, properties.SHARED):
+                self._skip(
+                    f"needs {error.needed}; --share-gpu is for functions, scripts choose their own device"
+                )
+            raise LauncherUsageError(str(error)) from None
         except LaunchUsageError as error:
             raise LauncherUsageError(str(error)) from None
         except LaunchError as error:
-            result = error.result
+            result, failed = error.result, True
+        self._tell(result)
+        if not failed:
+            return result
         if result.verdict is Verdict.SKIPPED:
             self._skip(str(result.cause) if result.cause else result.summary())
         raise LaunchFailure(result)
 
+    def _tell(self, result: LaunchResult) -> None:
+        """Leave what the report has to say about a launch, whatever it came to."""
+        if result.shared_gpu:
+            properties.add(self._node, properties.SHARED, result.shared_gpu)
+
     def _skip(self, reason: str) -> None:
         __tracebackhide__ = True
         if reason.startswith("needs "):  # for lack of hardware: the terminal counts these
-            self._node.user_properties.append((SHORTAGE_PROPERTY, reason))
+            properties.add(self._node, properties.SHORTAGE, reason)
         pytest.skip(reason)
 
 
@@ -102,6 +118,7 @@ def launcher_for(node: pytest.Item, base: Path | None) -> PytestLauncher:
         stall=settings.stall,
         device="cuda" if node.get_closest_marker("requires_gpus") else "cpu",
         artifacts=artifacts,
+        share_gpu=settings.share_gpu,
         gpus=tuple(gpu.uuid for gpu in leasing.held(node)),
     )
     return PytestLauncher(node, defaults)

@@ -8,7 +8,9 @@ from typing import NamedTuple, TypeVar
 
 import pytest
 
+from pytest_gputrain.devices.sharing import lacking
 from pytest_gputrain.devices.shortage import need, shortage
+from pytest_gputrain.plugin import properties
 from pytest_gputrain.plugin.settings import settings_of
 from pytest_gputrain.values import LEGAL_SIZE, parse_size
 
@@ -18,10 +20,6 @@ DESCRIPTIONS = (
     "gpu: runs on a GPU; requires_gpus adds it, so that -m gpu selects these tests.",
     "stability(depth=20, iterations=1000): a long run; skipped unless --stability is given or -m names it.",
 )
-
-# How a test tells the terminal what it needs. Under xdist this crosses processes: strings only.
-GPU_PROPERTY = "gputrain_gpu"
-SHORTAGE_PROPERTY = "gputrain_shortage"
 
 _Read = TypeVar("_Read")
 
@@ -60,7 +58,7 @@ def prepare(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("requires_gpus") and not item.get_closest_marker("gpu"):
             item.add_marker("gpu")
         if item.get_closest_marker("gpu"):
-            item.user_properties.append((GPU_PROPERTY, "yes"))
+            properties.add(item, properties.GPU, "yes")
 
 
 def _validated(item: pytest.Item, name: str, read: Callable[[pytest.Mark], object]) -> None:
@@ -107,10 +105,21 @@ def skip_reason(item: pytest.Item) -> str | None:
         return "a stability run; ask for it with --stability or -m stability"
     if mark := item.get_closest_marker("requires_gpus"):
         needed = gpu_need(mark)
-        if lack := shortage(needed.num_gpus, needed.memory):
-            item.user_properties.append((SHORTAGE_PROPERTY, lack))
-            return lack
+        return _lack_of_gpus(item, needed)
     return None
+
+
+def _lack_of_gpus(item: pytest.Item, needed: GpuNeed) -> str | None:
+    lack = shortage(needed.num_gpus, needed.memory)
+    if lack is None:
+        return None
+    reason = lacking(needed.num_gpus, needed.memory, share_gpu=settings_of(item.config).share_gpu)
+    if reason is None:
+        # Here, not when it launches: whatever the test does with fewer GPUs, it proves nothing about more.
+        properties.add(item, properties.SHARED, f"{lack}: shared, not a multi-GPU result")
+        return None
+    properties.add(item, properties.SHORTAGE, lack)
+    return reason
 
 
 def _stability_asked(config: pytest.Config) -> bool:

@@ -14,12 +14,10 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
-from pytest_gputrain.values import LEGAL_SECONDS, parse_seconds
+from pytest_gputrain.values import LEGAL_FLAG, LEGAL_SECONDS, parse_flag, parse_seconds
 
 COMMAND_LINE = "the command line"
 DEFAULT = "default"
-TRUE = ("true", "1", "yes", "on")
-FALSE = ("false", "0", "no", "off")
 
 
 # Named tuples in this room: a dataclass takes half a millisecond to make, in every pytest session.
@@ -29,6 +27,7 @@ class Settings(NamedTuple):
     cases: tuple[str, ...]
     report: Path | None
     require_gpus: int | None
+    share_gpu: bool
     timeout: float
     stall: float
     stability: bool
@@ -96,9 +95,7 @@ def _parse_seconds(text: str, folder: Path) -> float:
 
 
 def _parse_flag(text: str, folder: Path) -> bool:
-    if text.lower() not in (*TRUE, *FALSE):
-        raise ValueError
-    return text.lower() in TRUE
+    return parse_flag(text)
 
 
 SETTINGS = (
@@ -131,6 +128,16 @@ SETTINGS = (
         "N",
     ),
     Setting(
+        "share_gpu",
+        "--share-gpu",
+        "where ranks outnumber GPUs, let them share through gloo instead of skipping the test; such results "
+        "are labelled and never count for --require-gpus",
+        LEGAL_FLAG,
+        _parse_flag,
+        False,
+        kind="flag",
+    ),
+    Setting(
         "timeout",
         "--gputrain-timeout",
         "seconds that one launch may take before it is ended, with the stacks of all ranks",
@@ -152,7 +159,7 @@ SETTINGS = (
         "stability",
         "--stability",
         "run the tests marked stability too; without it, or a -m that names them, they are skipped",
-        "true or false",
+        LEGAL_FLAG,
         _parse_flag,
         False,
         kind="flag",

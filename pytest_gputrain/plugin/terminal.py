@@ -8,8 +8,9 @@ from collections import defaultdict
 import pytest
 
 from pytest_gputrain.devices.inventory import FAKE_VARIABLE, discover
-from pytest_gputrain.devices.shortage import describe_found, shortage
-from pytest_gputrain.plugin.markers import GPU_PROPERTY, SHORTAGE_PROPERTY
+from pytest_gputrain.devices.shortage import count, describe_found, shortage
+from pytest_gputrain.devices.visible import visible_gpus
+from pytest_gputrain.plugin import properties
 from pytest_gputrain.plugin.settings import SETTINGS, Settings, not_default
 
 
@@ -56,15 +57,18 @@ class Ledger:
         self.require_gpus = require_gpus
         self.ran_on_gpu: set[str] = set()
         self.lacking: dict[str, set[str]] = defaultdict(set)
+        self.shared: set[str] = set()
         self.verdict: str | None = None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        properties = dict(report.user_properties)
+        told = dict(report.user_properties)
         # An xfail is reported as skipped, but ran.
         ran = report.when == "call" and (not report.skipped or hasattr(report, "wasxfail"))
-        if ran and GPU_PROPERTY in properties:
+        if ran and properties.SHARED in told:
+            self.shared.add(report.nodeid)
+        elif ran and properties.GPU in told:
             self.ran_on_gpu.add(report.nodeid)
-        if report.skipped and (lack := properties.get(SHORTAGE_PROPERTY)):
+        if report.skipped and (lack := told.get(properties.SHORTAGE)):
             self.lacking[str(lack)].add(report.nodeid)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -72,16 +76,26 @@ class Ledger:
             return
         if session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            but = " but those that shared one" if self.shared else ""
             self.verdict = (
-                f"gputrain: --require-gpus {self.require_gpus}: no test marked gpu ran, "
+                f"gputrain: --require-gpus {self.require_gpus}: no test marked gpu ran{but}, "
                 "so this session proves nothing about GPUs and fails"
             )
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         for lack, tests in sorted(self.lacking.items()):
             terminalreporter.write_line(shortage_line(lack, len(tests)), yellow=True)
+        if self.shared:
+            gpus = visible_gpus(discover(), os.environ)
+            terminalreporter.write_line(shared_line(len(self.shared), len(gpus)), yellow=True)
         if self.verdict:
             terminalreporter.write_line(self.verdict, red=True)
+
+
+def shared_line(num_tests: int, num_gpus: int) -> str:
+    """Return the sentence about tests whose ranks shared GPUs."""
+    tests = f"{num_tests} test{'s' * (num_tests != 1)}"
+    return f"gputrain: {tests} shared {count(num_gpus)} between ranks; nothing here is a multi-GPU result"
 
 
 def shortage_line(lack: str, num_tests: int) -> str:

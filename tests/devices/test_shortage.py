@@ -54,3 +54,22 @@ def test_memory_that_is_not_told_is_not_enough(use_nvml: UseNvml) -> None:
 def test_memory_that_is_no_size() -> None:
     with pytest.raises(ValueError, match="'lots' is not a size above 0"):
         shortage(1, "lots", {"GPUTRAIN_FAKE_GPUS": "1"})
+
+
+def test_a_gpu_named_twice(use_nvml: UseNvml) -> None:
+    use_nvml(FakeNvml([Card("GPU-1"), Card("GPU-2", slices=[Card("MIG-2a"), Card("MIG-2b")])]))
+    assert shortage(1, None, {**HERE, "CUDA_VISIBLE_DEVICES": "0,GPU-1"}) == (
+        "needs 1 GPU, found 0 (CUDA_VISIBLE_DEVICES='0,GPU-1' names GPU 0 twice, so CUDA shows none: "
+        "name each once, by NVML)"
+    )
+    assert shortage(1, None, {**HERE, "CUDA_VISIBLE_DEVICES": "MIG-2a,1"}) == (
+        "needs 1 GPU, found 0 (CUDA_VISIBLE_DEVICES='MIG-2a,1' names MIG-2a twice, so CUDA shows none: "
+        "name each once, by NVML)"
+    )
+
+
+def test_a_driver_without_a_gpu(use_nvml: UseNvml) -> None:
+    use_nvml(FakeNvml([]))
+    assert shortage(1, None, HERE) == (
+        "needs 1 GPU, found 0 by NVML (driver 580.95.05 is loaded but shows no GPU)"
+    )

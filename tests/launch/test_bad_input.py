@@ -74,7 +74,9 @@ def test_is_one_clear_line_and_starts_nothing(
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1")
-    with pytest.raises(LaunchUsageError, match=r"2 ranks on device='cuda' need 2 GPUs, found 1 \(by "):
+    with pytest.raises(
+        LaunchUsageError, match=r"2 ranks on device='cuda' need 2 GPUs, found 1 \(pretended GPU, by "
+    ):
         launch(nothing, device="cuda")
 
 

@@ -27,7 +27,10 @@ def test_requires_gpus_skips_with_the_numbers(pytester: pytest.Pytester, run: Ru
     result.assert_outcomes(passed=1, skipped=1)
     # The line is the test's own, not one of this plugin.
     result.stdout.fnmatch_lines(
-        ["SKIPPED [[]1[]] test_it.py:3: needs 2 GPUs, found 1 (pretended GPU, by GPUTRAIN_FAKE_GPUS)"]
+        [
+            "SKIPPED [[]1[]] test_it.py:3: needs 2 GPUs, found 1 (pretended GPU, by GPUTRAIN_FAKE_GPUS); "
+            "--share-gpu lets ranks share it through gloo"
+        ]
     )
 
 
@@ -49,9 +52,23 @@ def test_requires_gpus_respects_visible_devices(
     result.stdout.fnmatch_lines(
         [
             "SKIPPED * needs 2 GPUs, found 1 (pretended GPU, 1 hidden by CUDA_VISIBLE_DEVICES='1', "
-            "by GPUTRAIN_FAKE_GPUS)"
+            "by GPUTRAIN_FAKE_GPUS); --share-gpu lets ranks share it through gloo"
         ]
     )
+
+
+def test_a_gpu_named_twice_is_said(
+    pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,1")
+    pytester.makepyfile(NEEDS_TWO)
+    result = run("-rs")
+    found = (
+        "0 (CUDA_VISIBLE_DEVICES='1,1' names GPU 1 twice, so CUDA shows none: name each once, "
+        "by GPUTRAIN_FAKE_GPUS)"
+    )
+    result.stdout.fnmatch_lines([f"gputrain: GPUs found: {found}", f"SKIPPED * needs 2 GPUs, found {found}"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,199 @@
+"""Who can never go on again. Pure: what each rank has entered and where it is in, a set of ranks out.
+
+A rank that waits is *stuck* when what it waits for needs a rank that has ended, or one that is itself stuck.
+That is proved from the records and not guessed from idleness: with NCCL a rank that waits burns CPU, and a
+rank that sleeps may yet come. A rank that can still act of itself is never stuck, and frees whom it may free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Key = tuple[str, tuple[int, ...], int]
+"""A collective: its group's name, the group's ranks, its number in the group."""
+Shape = tuple[str, tuple[tuple[int, ...], ...], tuple[str, ...]]
+_SAME_SIZES = frozenset(
+    {"all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"}
+)
+"""Operations whose input has the same size on every rank; the others may legally differ."""
+_P2P = frozenset({"send", "recv", "isend", "irecv", "batch_isend_irecv"})
+SHORT_TIMEOUT = 30.0
+
+
+class Call(NamedTuple):
+    """One collective as one rank called it; ``seq`` is None for point-to-point, ``ranks`` then the pair."""
+
+    seq: int | None
+    op: str
+    sizes: tuple[tuple[int, ...], ...] = ()
+    dtypes: tuple[str, ...] = ()
+    group: str = "0"
+    ranks: tuple[int, ...] = ()
+    waiting: bool = False
+    location: str | None = None
+    note: str | None = None
+
+    @property
+    def key(self) -> Key:
+        """What makes it the same collective on other ranks."""
+        return self.group, self.ranks, self.seq or 0
+
+    @property
+    def shape(self) -> Shape:
+        """What has to be the same on all of its ranks."""
+        if self.op not in _SAME_SIZES:
+            return self.op, (), ()
+        return self.op, self.sizes, self.dtypes
+
+    def name(self) -> str:
+        """``all_reduce #7``, with the group where it is not the default one."""
+        if self.seq is None:
+            return f"{self.op} ({self.ranks[0]} to {self.ranks[-1]})" if self.ranks else self.op
+        return f"{self.op} #{self.seq}" + (f" of group {self.group}" if self.group != "0" else "")
+
+    def tensors(self) -> str:
+        """``128 x float32``, ``2 x 3 x int64``, ``3 tensors, the first 128 x float32``; empty without one."""
+        if not self.sizes:
+            return ""
+        size = " x ".join(map(str, self.sizes[0])) or "1"
+        first = f"{size} x {self.dtypes[0]}" if self.dtypes else size
+        return first if len(self.sizes) == 1 else f"{len(self.sizes)} tensors, the first {first}"
+
+    def __str__(self) -> str:
+        """``all_reduce #7 (128 x float32)``."""
+        tensors = self.tensors()
+        return f"{self.name()} ({tensors})" if tensors else self.name()
+
+
+@dataclass
+class Scene:
+    """One rank at one moment.
+
+    ``blocked``: its main thread waits in torch for others, and no other thread of it does anything.
+    ``waits_in``: the torch function in which it waits, by the stack, for what no record says.
+    ``complete``: the records hold every collective, and not only those that Python calls.
+    """
+
+    rank: int
+    state: Literal["running", "returned", "raised", "gone"] = "running"
+    blocked: bool = False
+    location: str | None = None
+    source: str = ""
+    waits_in: str | None = None
+    calls: Sequence[Call] = field(default_factory=list)
+    complete: bool = True
+
+    def pending(self) -> list[Call]:
+        """What it has entered and not finished; several where calls are asynchronous."""
+        return [call for call in self.calls if call.waiting and call.seq is not None]
+
+    def waited(self) -> Call | None:
+        """What its main thread waits for: the pending call of that line, else the oldest; None if unknown."""
+        pending = self.pending() if self.blocked and self.waits_in not in _P2P else []
+        here = [call for call in pending if call.location == self.location]
+        return next(iter(here or pending), None)
+
+
+class Entries:
+    """Which rank has entered which collective."""
+
+    def __init__(self, scenes: Mapping[int, Scene]) -> None:
+        self.by_key: dict[Key, dict[int, Call]] = {}
+        self._last: dict[tuple[int, str, tuple[int, ...]], int] = {}
+        for rank, scene in scenes.items():
+            for call in scene.calls:
+                if call.seq is None:
+                    continue
+                self.by_key.setdefault((call.group, call.ranks, call.seq), {})[rank] = call
+                self._last[rank, call.group, call.ranks] = call.seq
+
+    def last(self, rank: int, call: Call) -> int:
+        """The number of the last collective that a rank has entered in the call's group; 0 for none."""
+        return self._last.get((rank, call.group, call.ranks), 0)
+
+    def missing(self, call: Call) -> list[int]:
+        """The ranks of the call's group that have not entered it; one that is further on has, once."""
+        there = self.by_key.get(call.key, {})
+        return [rank for rank in call.ranks if rank not in there and self.last(rank, call) < (call.seq or 0)]
+
+    def differs(self, call: Call) -> bool:
+        """Whether some rank entered something else under the same number."""
+        return len({other.shape for other in self.by_key.get(call.key, {}).values()}) > 1
+
+
+def stuck(scenes: Mapping[int, Scene]) -> dict[int, bool]:
+    """The running ranks that can never go on, each with whether records (and not only stacks) say so."""
+    entries = Entries(scenes)
+    helpless = {rank for rank, scene in scenes.items() if scene.blocked or scene.state != "running"}
+    while True:
+        waiting = [rank for rank in helpless if scenes[rank].state == "running"]
+        freed = {rank for rank in waiting if _may_go_on(scenes[rank], helpless, scenes, entries)}
+        if not freed:
+            return {rank: _proved(scenes[rank], entries) for rank in sorted(waiting)}
+        helpless -= freed
+
+
+def _may_go_on(scene: Scene, helpless: set[int], scenes: Mapping[int, Scene], entries: Entries) -> bool:
+    if scene.waited() is None:
+        return _may_be_met(scene, helpless, scenes)
+    # Of several pending calls any may be the one that is waited for.
+    return any(
+        not entries.differs(call) and all(_may_come(rank, helpless, scenes) for rank in entries.missing(call))
+        for call in scene.pending()
+    )
+
+
+def _may_come(rank: int, helpless: set[int], scenes: Mapping[int, Scene]) -> bool:
+    # A rank on another host, of which nothing is known, may always come.
+    return rank not in helpless or rank not in scenes
+
+
+def _may_be_met(scene: Scene, helpless: set[int], scenes: Mapping[int, Scene]) -> bool:
+    """For a wait that no collective explains: a message, a store, the making of a group."""
+    others = [rank for rank in scenes if rank != scene.rank]
+    last = next((call for call in reversed(scene.calls) if call.seq is None), None)
+    if scene.waits_in in _P2P and last is not None and set(last.ranks) <= set(scenes):
+        others = [rank for rank in last.ranks if rank != scene.rank]
+    return any(rank not in helpless for rank in others)
+
+
+def _proved(scene: Scene, entries: Entries) -> bool:
+    call = scene.waited()
+    return call is not None and (bool(entries.missing(call)) or entries.differs(call))
+
+
+def fingerprint(scenes: Mapping[int, Scene], ranks: Iterable[int]) -> list[Any]:
+    """What must be the same in a second look for nothing to have moved."""
+    return [
+        (rank, scene.location, scene.waits_in, len(scene.calls), [call.key for call in scene.pending()])
+        for rank, scene in sorted(scenes.items())
+        if rank in set(ranks)
+    ]
+
+
+def from_json(records: Iterable[Mapping[str, Any]]) -> list[Call]:
+    """Records of a rank as ``collectives.json`` holds them, without those of a group that was made anew."""
+    calls: dict[str, list[Call]] = {}
+    order: list[Call] = []
+    for record in records:
+        call = Call(
+            record["seq"],
+            record["op"],
+            tuple([tuple(size) for size in record["sizes"]]),
+            tuple(record["dtypes"]),
+            record["group"],
+            tuple(record["ranks"]),
+            record["state"] == "waiting",
+            record["location"],
+            record.get("note"),
+        )
+        known = calls.setdefault(call.group, [])
+        if call.seq is not None:
+            if known and (known[-1].seq or 0) >= call.seq:  # destroyed and made again: it counts from 1
+                order = [old for old in order if old.group != call.group]
+                known.clear()
+            known.append(call)
+        order.append(call)
+    return order

@@ -1,0 +1,192 @@
+"""In a rank: answers, when asked, which collectives this rank has entered; asks nothing of the rank itself.
+
+torch keeps the records (its flight recorder, a ring of 2000, gloo and NCCL). A thread that sleeps in
+``accept`` reads them while the main thread waits in C. It starts with the first process group, since from
+then on the process has threads anyway, and costs nothing while nobody asks.
+
+**The form of a record**, also in ``artifacts/rank{r}/collectives.json`` of a launch that ended badly (a JSON
+list, oldest first)::
+
+    {"seq": 7,                      # number within its group, from 1; null for point-to-point
+     "op": "all_reduce",            # torch.distributed's name, without the backend
+     "sizes": [[128]],              # of the input tensors
+     "dtypes": ["float32"],
+     "group": "0",                  # torch's name of the group; "0" is the default group
+     "ranks": [0, 1],               # global ranks of the group; [sender, receiver] for point-to-point
+     "state": "waiting",            # or "done"
+     "location": "train.py:57 in step",   # the user's line, or null
+     "at": 1795887670.6,            # when it was called: seconds since the epoch, or null
+     "note": "in backward"}         # or null; "in backward" for DDP's buckets
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import json
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import calls, stacks
+
+KEPT = 2000
+"""Collectives kept a rank: some hundred steps of DDP, less than 2 MB."""
+_DTYPES = {
+    "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
+    "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
+}  # fmt: skip
+
+_place: tuple[str, int] | None = None
+_listener: tuple[int, socket.socket] | None = None
+
+
+def address(mark: str, rank: int) -> str:
+    """Where the rank listens: a name in Linux's abstract namespace, which is gone with the process."""
+    return f"\0gputrain-{mark}-{rank}"
+
+
+def prepare() -> None:
+    """Once, in the server, so that no rank pays for it: hooks into the making of process groups."""
+    import torch.distributed.distributed_c10d as c10d
+
+    original = getattr(c10d, "_new_process_group_helper", None)
+    if original is None or hasattr(original, "__wrapped__"):
+        return
+
+    def _new_process_group_helper(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.suppress(Exception):  # no record is no reason to fail
+            start()
+        return original(*args, **kwargs)
+
+    _new_process_group_helper.__wrapped__ = original  # type: ignore[attr-defined]
+    # On the rank's stack, and neither the user's nor the rank's own code.
+    code = _new_process_group_helper.__code__
+    _new_process_group_helper.__code__ = code.replace(co_filename="<string>")
+    c10d._new_process_group_helper = _new_process_group_helper
+    calls.prepare()
+
+
+def place(folder: str, mark: str | None, rank: int) -> None:
+    """Says which rank of which launch this process is; a kept rank says it again for every launch."""
+    global _place
+    _place = (mark, rank) if mark else None
+    calls.place(os.path.join(folder, calls.FILE))
+    if _listener is not None and _listener[0] == os.getpid():
+        start()
+
+
+def start() -> None:
+    """Starts to record and to answer. Harmless when it is on already."""
+    global _listener
+    if _place is None:
+        return
+    if _listener is not None and _listener[0] == os.getpid():
+        if _listener[1].getsockname() == address(*_place).encode():
+            return
+        _listener[1].shutdown(socket.SHUT_RDWR)  # its thread ends
+    _record()
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address(*_place))
+    listener.listen(4)
+    _listener = (os.getpid(), listener)
+    # A thread of the interpreter's lowest kind, invisible to threading.enumerate(), which takes no signals.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        _thread.start_new_thread(_serve, (listener,))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _record() -> None:
+    """Turns the flight recorder on. It reads its size once; the user's environment stays as it was."""
+    bindings = sys.modules.get("torch._C._distributed_c10d")
+    # Older torch has a recorder for NCCL alone, with a name of its own; newer torch warns of that name.
+    name = "TORCH_FR_BUFFER_SIZE" if hasattr(bindings, "_dump_fr_trace") else "TORCH_NCCL_TRACE_BUFFER_SIZE"
+    if name in os.environ:
+        return
+    os.environ[name] = str(KEPT)
+    try:
+        _flight_recorder()
+    finally:
+        del os.environ[name]
+
+
+def _serve(listener: socket.socket) -> None:
+    with listener:
+        while True:
+            try:
+                asker, _ = listener.accept()
+            except OSError:
+                return
+            with asker, contextlib.suppress(Exception):  # the next answer may do better
+                if _is_mine(asker):
+                    asker.sendall(json.dumps(answer()).encode())
+
+
+def _is_mine(asker: socket.socket) -> bool:
+    """Whether the same user asks: the name is not protected by permissions."""
+    credentials = asker.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return bool(struct.unpack("3i", credentials)[1] == os.getuid())
+
+
+def answer() -> dict[str, Any]:
+    """What torch has recorded: ``{"records": [...]}``, null without a recorder for the backend at hand."""
+    found = _flight_recorder()
+    if found is None:
+        return {"records": None}
+    ranks = _group_ranks()
+    return {"records": [_as_record(entry, ranks) for entry in found if not entry.get("is_p2p")]}
+
+
+def _flight_recorder() -> Sequence[Mapping[str, Any]] | None:
+    """The entries of torch's recorders with their Python frames; None where there is none."""
+    bindings = sys.modules.get("torch._C._distributed_c10d")
+    found = {}
+    for name in ("_dump_nccl_trace", "_dump_fr_trace"):  # one for NCCL, one for all, depending on the version
+        if (dump := getattr(bindings, name, None)) is not None:
+            for entry in pickle.loads(dump()).get("entries", ()):
+                found[entry["record_id"], entry["profiling_name"], entry["time_created_ns"]] = entry
+    return list(found.values()) if found or hasattr(bindings, "_dump_fr_trace") else None
+
+
+def _group_ranks() -> dict[str, list[int]]:
+    """The global ranks of each group that this rank is in, by the group's name."""
+    import torch.distributed.distributed_c10d as c10d
+
+    world = c10d._world
+    found = {}
+    for group, ranks in list(world.pg_group_ranks.items()):
+        if (name := world.pg_names.get(group)) is not None:
+            found[str(name)] = sorted(ranks)
+    return found
+
+
+def _as_record(entry: Mapping[str, Any], ranks: Mapping[str, list[int]]) -> dict[str, Any]:
+    frames = [stacks.Frame(f["filename"], f["line"], f["name"]) for f in entry.get("frames", ())]
+    group = str(entry["process_group"][0])
+    done = entry.get("retired") or entry.get("state") == "completed"
+    created = entry.get("time_created_ns")
+    return {
+        "seq": entry["collective_seq_id"],
+        "op": operation(entry["profiling_name"]),
+        "sizes": entry.get("input_sizes") or entry.get("output_sizes") or [],
+        "dtypes": [_DTYPES.get(name, name.lower()) for name in entry.get("input_dtypes", ())],
+        "group": group,
+        "ranks": ranks.get(group, []),
+        "state": "done" if done else "waiting",
+        "location": str(frame) if (frame := stacks.user_frame(frames)) else None,
+        "at": created / 1e9 if created else None,
+        "note": "in backward" if any(f.function == "_engine_run_backward" for f in frames) else None,
+    }
+
+
+def operation(name: str) -> str:
+    """``gloo:all_reduce`` and ``nccl:_all_gather_base`` by their names in torch.distributed."""
+    name = name.rpartition(":")[2].lstrip("_")
+    return calls.NAMES.get(name, name)

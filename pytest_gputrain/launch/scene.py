@@ -1,0 +1,157 @@
+"""What each rank has entered and where it is: asked of the ranks that can answer, read of the others.
+
+A rank answers by ``recorder.py``, a finished one too as long as its process is there. Of one that cannot
+(killed, stopped, or in code that never lets go of the interpreter) the ring of ``calls.py`` is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import linecache
+import os
+import selectors
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import calls, recorder
+from .deadlock import Scene, from_json
+from .member import Member
+
+ANSWER_WITHIN = 1.0
+"""Seconds for all answers together; a rank answers within milliseconds unless the machine is overloaded."""
+RECORDS = "collectives.json"
+Records = list[dict[str, Any]]
+
+
+def ask(ranks: Sequence[int], mark: str) -> dict[int, Records | None]:
+    """The records of the ranks that answered; None for one that has no flight recorder."""
+    found: dict[int, Records | None] = {}
+    parts: dict[int, bytearray] = {}
+    limit = time.monotonic() + ANSWER_WITHIN
+    with selectors.DefaultSelector() as selector:
+        for rank in ranks:
+            if (sock := _connected(recorder.address(mark, rank))) is not None:
+                parts[rank] = bytearray()
+                selector.register(sock, selectors.EVENT_READ, rank)
+        while selector.get_map() and (left := limit - time.monotonic()) > 0:
+            for key, _ in selector.select(left):
+                if data := _received(key.fileobj):
+                    parts[key.data] += data
+                    continue
+                selector.unregister(key.fileobj)
+                key.fileobj.close()  # type: ignore[union-attr]
+                with contextlib.suppress(ValueError):  # it was ended in the middle of a word
+                    found[key.data] = json.loads(parts[key.data])["records"]
+        for key in list(selector.get_map().values()):
+            key.fileobj.close()  # type: ignore[union-attr]
+    return found
+
+
+def _connected(address: str) -> socket.socket | None:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.setblocking(False)
+    try:
+        sock.connect(address)
+    except OSError:  # no such rank, no group yet, or more askers than it can hold
+        sock.close()
+        return None
+    return sock
+
+
+def _received(sock: Any) -> bytes:
+    try:
+        data: bytes = sock.recv(1 << 20)
+    except OSError:
+        return b""
+    return data
+
+
+def read_ring(path: Path) -> Records:
+    """The calls that a rank left in its ring, oldest first, in the form of ``recorder.py``."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return []
+    groups = _json(data[: calls.GROUPS].split(b"\n", 1)[0].strip(b"\0")) or {}
+    slots = (data[start : start + calls.SLOT] for start in range(calls.GROUPS, len(data), calls.SLOT))
+    found = [record for slot in slots if slot[:1] == b"{" and (record := _json(slot.rstrip()))]
+    found.sort(key=lambda record: record.pop("n"))
+    for record in found:
+        record.setdefault("ranks", groups.get(record["group"], []))
+        record |= {"state": "done", "note": None}
+    return found
+
+
+def _json(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # the rank was killed while it wrote
+        return None
+
+
+def records_of(answer: Records | None, ring: Records, *, waits: bool) -> tuple[Records, bool]:
+    """(the records of a rank, whether they hold every collective): its answer, with messages from the ring.
+
+    ``waits``: whether its main thread waits in a collective, which the ring cannot know of its last call.
+    """
+    if answer is not None:
+        return sorted([*answer, *(r for r in ring if r["seq"] is None)], key=lambda r: r["at"] or 0), True
+    if waits and ring:
+        ring[-1]["state"] = "waiting"
+    return ring, False
+
+
+def scenes(members: Sequence[Member], folder: Path, mark: str) -> dict[int, Scene]:
+    """All ranks at this moment. Where running ranks are is what ``observe.dump`` has found last."""
+    answers = ask([member.rank for member in members if member.exit is None], mark)
+    found = {}
+    for member in members:
+        ring = read_ring(folder / f"rank{member.rank}" / calls.FILE)
+        waits = member.in_collective or (member.exit is not None and member.report is None)
+        records, complete = records_of(answers.get(member.rank), ring, waits=waits)
+        member.records = records
+        found[member.rank] = Scene(
+            member.rank,
+            _state(member),
+            member.in_collective and not member.settled,
+            member.waiting_at,
+            source_of(member.waiting_at),
+            member.waits_in,
+            from_json(records),
+            complete,
+        )
+    return found
+
+
+def _state(member: Member) -> Any:
+    if member.report is not None:
+        return "raised" if member.report["state"] == "failed" else "returned"
+    return "running" if member.exit is None else "gone"
+
+
+def source_of(location: str | None) -> str:
+    """The text of the line at ``file:line in function``."""
+    file, _, line = (location or "").partition(" in ")[0].rpartition(":")
+    if not line.isdigit():
+        return ""
+    return linecache.getline(os.path.abspath(file), int(line)).strip()
+
+
+def keep(members: Sequence[Member], folder: Path, *, passed: bool) -> None:
+    """Leaves the records of a launch that ended badly among its artifacts, and no ring behind."""
+    for member in members:
+        path = folder / f"rank{member.rank}"
+        with contextlib.suppress(OSError):
+            (path / calls.FILE).unlink()
+        if member.records and not passed:
+            write(path / RECORDS, member.records)
+
+
+def write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """A JSON list, a record a line."""
+    with contextlib.suppress(OSError):  # a full disk must not hide the verdict
+        path.write_text("[\n" + ",\n".join(json.dumps(record) for record in records) + "\n]\n")
