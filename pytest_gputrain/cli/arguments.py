@@ -62,3 +62,9 @@ def file(text: str) -> Path:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a file in a folder that is there")
     return path
+
+
+def ranks(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 2:  # data parallel with one rank would prove nothing
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a number of ranks from 2 up")
+    return int(text)

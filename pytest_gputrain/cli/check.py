@@ -18,6 +18,7 @@ from pytest_gputrain.cli.arguments import (
     device,
     file,
     flag_of,
+    ranks,
 )
 
 if TYPE_CHECKING:
@@ -40,17 +41,11 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add("specs", nargs="*", metavar="MODULE:ATTR", help="training cases (default: the reference models)")
     add("--gputrain-case", action="append", metavar="MODULE:ATTR", help="the same, spelled as in pytest")
     add("--checks", metavar="A,B", help="ids of the checks to run (default: all)")
-    add("--world-size", type=_ranks, default=2, metavar="N", help="number of ranks (default: 2)")
+    add("--world-size", type=ranks, default=2, metavar="N", help="number of ranks (default: 2)")
     add("--device", type=device, default="cpu", help="cpu (gloo, the default) or cuda (nccl)")
     add("--share-gpu", action="store_true", help="with cuda: ranks that outnumber the GPUs share by gloo")
     add_deadlines(check)
     add("--json", type=file, metavar="FILE", help="also write the results there")
-
-
-def _ranks(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) < 2:  # data parallel with one rank would prove nothing
-        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a number of ranks from 2 up")
-    return int(text)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -23,6 +23,8 @@ from . import rank
 # Imported by the fork server for the sake of function ranks. A script must not see them: libraries behave
 # differently when they believe they are under pytest.
 _NOT_FOR_SCRIPTS = ("pytest", "_pytest", "pluggy", "iniconfig", "xdist", "execnet", "pytest_gputrain.plugin")
+# Any of these loads what the phase plan hooks into a rank.
+_STUDIED = ("GPUTRAIN_STUDY", "GPUTRAIN_MAX_STEPS", "GPUTRAIN_BACKEND", "GPUTRAIN_SEED")
 
 
 def run(link: rank.Link, command: Sequence[str], search_path: Sequence[str]) -> NoReturn:
@@ -34,7 +36,7 @@ def run(link: rank.Link, command: Sequence[str], search_path: Sequence[str]) -> 
     link.hello()
     _forget_pytest()
     arguments = list(command[command.index("-u") + 1 :])
-    code, details = _run_to_the_end(arguments, search_path)
+    code, details = _run_to_the_end(link, arguments, search_path)
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     if code == 0 and not details:
@@ -45,6 +47,24 @@ def run(link: rank.Link, command: Sequence[str], search_path: Sequence[str]) -> 
     os._exit(code)
 
 
+def _study(link: rank.Link) -> None:
+    """What the phase plan asks for by environment variables; imports nothing where it asks for none."""
+    if not any(os.environ.get(name) for name in _STUDIED):
+        return
+    from pytest_gputrain.trace import study
+
+    def leave() -> NoReturn:
+        # Not by an exception: on its way out it would run `finally: dist.destroy_process_group()` with the
+        # model still alive, which can hang or abort on gloo.
+        for stream in (sys.stdout, sys.stderr):
+            _flush(stream)
+        link.report("passed", exit_code=0)
+        link.wait_for_release()
+        os._exit(0)
+
+    study.install(os.environ, leave)
+
+
 def _flush(stream: Any) -> None:
     """Flushes a stream that the script may have closed or replaced."""
     try:
@@ -53,11 +73,14 @@ def _flush(stream: Any) -> None:
         return
 
 
-def _run_to_the_end(arguments: list[str], search_path: Sequence[str]) -> tuple[int, dict[str, Any]]:
+def _run_to_the_end(
+    link: rank.Link, arguments: list[str], search_path: Sequence[str]
+) -> tuple[int, dict[str, Any]]:
     """(exit code, details of the failure): the script, then what the interpreter does after it."""
     code = 0
     details: dict[str, Any] = {}
     try:
+        _study(link)
         _execute(arguments, search_path)
     except BaseException as error:  # SystemExit and KeyboardInterrupt end scripts too
         code, details = _end_of(error)
