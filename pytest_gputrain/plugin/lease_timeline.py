@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_gputrain.plugin import lease_order
-from pytest_gputrain.plugin.leasing import LEASE_PROPERTY
+from pytest_gputrain.plugin import lease_order, properties
 
 FILE_NAME = "leases.trace.json"
 _HELD_PID, _WAITING_PID = 1, 2  # two groups of rows; these are no processes
@@ -43,7 +42,7 @@ class LeaseTimeline:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "setup":
-            if text := dict(report.user_properties).get(LEASE_PROPERTY):
+            if text := dict(report.user_properties).get(properties.LEASE):
                 self._open[report.nodeid] = {**json.loads(str(text)), "outcome": report.outcome}
         elif (record := self._open.get(report.nodeid)) is not None:
             if report.when == "call" or report.failed:

@@ -12,14 +12,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from pytest_gputrain.devices import Gpu, discover, visible_gpus
+from pytest_gputrain.devices import Gpu, discover, gpus_to_share, visible_gpus
 from pytest_gputrain.devices.lease_folder import LeaseFolder, LeaseFolderError, default_path
 from pytest_gputrain.devices.shortage import count
-from pytest_gputrain.plugin import lease_order, markers
+from pytest_gputrain.plugin import lease_order, markers, properties
 from pytest_gputrain.plugin.settings import settings_of
 from pytest_gputrain.plugin.xdist import refusals
 from pytest_gputrain.values import parse_size
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 # Turns of a second are nothing to talk about; then somebody may wonder what the session is doing.
 REPORT_AFTER = 5.0
 REPORT_EVERY = 60.0
-
-# Crosses processes under xdist: JSON, so a string.
-LEASE_PROPERTY = "gputrain_lease"
 
 _HELD = pytest.StashKey["HeldGpus"]()
 _REFUSED = pytest.StashKey[str]()
@@ -71,7 +68,7 @@ class LeaseSession:
 
 def _prepare_folder(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Make the folder if any test will lease. Raises ``pytest.UsageError`` when it cannot be used."""
-    if config.getoption("collectonly") or not any(num_to_lease(item) for item in items):
+    if config.getoption("collectonly") or all(plan(item) is None for item in items):
         return
     try:
         folder_of(config).prepare()
@@ -79,19 +76,29 @@ def _prepare_folder(config: pytest.Config, items: list[pytest.Item]) -> None:
         raise pytest.UsageError(str(error)) from None
 
 
-def num_to_lease(item: pytest.Item) -> int:
-    """Return how many GPUs the test is going to hold; 0 for none, also where there are too few for it."""
+class Plan(NamedTuple):
+    """How many of which GPUs a test is going to hold."""
+
+    num_gpus: int
+    candidates: tuple[Gpu, ...]
+
+
+def plan(item: pytest.Item) -> Plan | None:
+    """Return what the test leases; None where it needs no GPU, or more than there are.
+
+    With ``--share-gpu`` ranks may outnumber the GPUs: the test then holds all those that they share.
+    """
     mark = item.get_closest_marker("requires_gpus")
     if mark is None:
-        return 0
+        return None
     needed = markers.gpu_need(mark)
-    return needed.num_gpus if len(candidates(needed.memory)) >= needed.num_gpus else 0
-
-
-def candidates(memory: str | int | None) -> tuple[Gpu, ...]:
-    """Return the GPUs that CUDA shows and that have so much memory."""
-    least = 0 if memory is None else parse_size(memory)
-    return tuple(gpu for gpu in visible_gpus(discover(), os.environ) if gpu.memory_bytes >= least)
+    least = 0 if needed.memory is None else parse_size(needed.memory)
+    found = tuple(gpu for gpu in visible_gpus(discover(), os.environ) if gpu.memory_bytes >= least)
+    if len(found) >= needed.num_gpus:
+        return Plan(needed.num_gpus, found)
+    if settings_of(item.config).share_gpu and (shared := gpus_to_share(needed.num_gpus, needed.memory)):
+        return Plan(len(shared), shared)
+    return None
 
 
 def held(item: pytest.Item) -> HeldGpus:
@@ -107,8 +114,8 @@ def refused(item: pytest.Item) -> str | None:
 @contextlib.contextmanager
 def leased(item: pytest.Item) -> Iterator[None]:
     """Hold the test's GPUs for the time of the block. What goes wrong is for the test's setup to raise."""
-    num_gpus = 0 if _is_skipped(item) else num_to_lease(item)
-    lease = _acquire(item, num_gpus) if num_gpus else None
+    planned = None if _is_skipped(item) else plan(item)
+    lease = _acquire(item, planned) if planned is not None else None
     if lease is not None:
         item.stash[_HELD] = HeldGpus(lease.gpus)
     try:
@@ -128,32 +135,24 @@ def _is_skipped(item: pytest.Item) -> bool:
     return any(condition and not isinstance(condition, str) for condition in conditions)
 
 
-def _acquire(item: pytest.Item, num_gpus: int) -> Lease | None:
+def _acquire(item: pytest.Item, planned: Plan) -> Lease | None:
     from pytest_gputrain.devices.lease_place import Request
     from pytest_gputrain.devices.leases import GpusOccupied, LeaseTimeout, acquire
 
-    settings, needed = settings_of(item.config), markers.gpu_need(_mark(item))
     worker = os.environ.get("PYTEST_XDIST_WORKER", "")
     who = item.nodeid + (f" ({worker})" if worker else "")
-    request = Request(num_gpus, candidates(needed.memory), who, lease_order.expected(item))
-    folder = folder_of(item.config)
+    request = Request(*planned, who, lease_order.expected(item))
+    folder, deadline = folder_of(item.config), settings_of(item.config).lease_timeout
     if _REFUSED in item.stash:  # an earlier try of the same test
         del item.stash[_REFUSED]
     try:
-        lease = acquire(
-            folder, request, deadline=settings.lease_timeout, on_wait=_Narrator(item, folder, num_gpus)
-        )
+        narrate = _Narrator(item, folder, planned.num_gpus)
+        lease = acquire(folder, request, deadline=deadline, on_wait=narrate)
     except (GpusOccupied, LeaseTimeout, LeaseFolderError, OSError) as error:
         item.stash[_REFUSED] = str(error)
         return None
     _note(item, lease, worker)
     return lease
-
-
-def _mark(item: pytest.Item) -> pytest.Mark:
-    mark = item.get_closest_marker("requires_gpus")
-    assert mark is not None
-    return mark
 
 
 def _note(item: pytest.Item, lease: Lease, worker: str) -> None:
@@ -165,7 +164,7 @@ def _note(item: pytest.Item, lease: Lease, worker: str) -> None:
         "worker": worker or "main",
         "pid": os.getpid(),
     }
-    item.user_properties.append((LEASE_PROPERTY, json.dumps(record)))
+    properties.add(item, properties.LEASE, json.dumps(record))
     if lease.waited >= REPORT_AFTER:
         text = f"waited {lease.waited:.1f} s for {count(len(lease.gpus))}; no timeout of the test counts that"
         item.add_report_section("setup", "gputrain lease", text)

@@ -39,6 +39,8 @@ class FakeNvml:
     cards: list[Card]
     init: Exception | None = None
     calls: list[str] = field(default_factory=list)
+    used: dict[str, int] = field(default_factory=dict)
+    users: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
 
     def module(self) -> types.ModuleType:
         module: Any = types.ModuleType("pynvml")
@@ -75,7 +77,17 @@ class FakeNvml:
     def nvmlDeviceGetMemoryInfo(self, card: Card) -> Any:
         if card.memory is None:
             raise error("NVMLError_NotSupported", "Not Supported")
-        return types.SimpleNamespace(total=card.memory)
+        return types.SimpleNamespace(total=card.memory, used=self.used.get(card.uuid, 0))
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> Card:
+        return next(card for card in self.cards if card.uuid == uuid)
+
+    def nvmlDeviceGetComputeRunningProcesses(self, card: Card) -> list[Any]:
+        users = self.users.get(card.uuid, [])
+        return [types.SimpleNamespace(pid=pid, usedGpuMemory=size) for pid, size in users]
+
+    def nvmlDeviceGetGraphicsRunningProcesses(self, card: Card) -> list[Any]:
+        raise error("NVMLError_NotSupported", "Not Supported")
 
     def nvmlDeviceGetMigMode(self, card: Card) -> list[int]:
         if card.slices is None:
