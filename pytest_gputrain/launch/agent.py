@@ -118,7 +118,8 @@ class ForkedProcess:
                 os.write(ready_write, b"1")
                 _close_links(rank_fds, keep=fd)
                 _threads_as_told(env)
-                script.run(rank.Link(fd, self._rank, self._restart), command, search_path)
+                link = rank.Link(fd, self._rank, self._restart)
+                script.run(link, command, search_path, rank.tracing(spec, self._rank))
             finally:
                 traceback.print_exc()
                 os._exit(70)

@@ -10,11 +10,12 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..devices.visible import VARIABLE
+from ..trace import stackdumps
 from . import client, output, payload, request, scene, sweep
 from .errors import LaunchError, LaunchUsageError, ServerLost
 from .member import Member
@@ -25,6 +26,8 @@ from .supervise import Supervision
 from .verdict import Ending, judge
 
 _numbers = itertools.count()
+
+Trace = bool | str | Sequence[str] | Mapping[str, bool] | None
 
 
 class Launcher:
@@ -44,6 +47,7 @@ class Launcher:
         timeout: float | None = None,
         stall: float | None = None,
         env: Mapping[str, str | None] | None = None,
+        trace: Trace = None,
         check: bool = True,
         **kwargs: Any,
     ) -> LaunchResult:
@@ -53,6 +57,7 @@ class Launcher:
         pickle, tensors come back on CPU. The group is gloo on ``device="cpu"`` and NCCL on ``"cuda"``.
         ``timeout`` (seconds, default 300) ends the launch whatever happens; ``stall`` (default 60) ends it
         when no rank uses CPU or prints any more. ``env`` goes on top of this process's environment.
+        ``trace`` says what each rank records in its folder: True, False or names; nothing by default.
 
         Raises LaunchUsageError before any rank starts if the input is bad, and, with ``check``,
         LaunchError (an AssertionError with ``.result``) for any verdict but PASSED.
@@ -69,6 +74,7 @@ class Launcher:
         spec = {
             "start_environ": environ,
             **self._times(timeout, stall),
+            "trace": request.tracing(trace, environ, default=False),
             "kind": "function",
             "world_size": size,
             "device": where,
@@ -94,6 +100,7 @@ class Launcher:
         timeout: float | None = None,
         stall: float | None = None,
         env: Mapping[str, str | None] | None = None,
+        trace: Trace = None,
         check: bool = True,
     ) -> LaunchResult:
         """Runs an unmodified script (or module) under torch's elastic agent, ``nproc`` ranks a node.
@@ -101,7 +108,7 @@ class Launcher:
         Environment, ``argv``, exit code and error text are torchrun's. With ``nnodes`` above 1 and no
         ``rdzv_endpoint`` the nodes are played on this host; with ``rdzv_endpoint="host:port"`` this host is
         one of the nodes (``node_rank`` where the rendezvous is static). ``ranks`` of the result are this
-        host's. Raises as ``__call__`` does.
+        host's. ``trace`` as in ``__call__``, but on by default. Raises as ``__call__`` does.
         """
         request.linux()
         nproc = request.whole("nproc", nproc, most=512)
@@ -117,6 +124,7 @@ class Launcher:
         spec = {
             "start_environ": environ,
             **self._times(timeout, stall),
+            "trace": request.tracing(trace, environ, default=True),
             "kind": "script",
             "nproc": nproc,
             "agents": simulated,
@@ -237,6 +245,8 @@ def _concluded(
     first = min(failures, default=math.inf) if kind == "script" else math.inf
     ranks = [member.result(folder, supervision.began, ended_after=first) for member in members]
     ranks.sort(key=lambda rank: rank.rank)
+    for rank in ranks:
+        stackdumps.settle(folder / f"rank{rank.rank}", rank.rank)
     verdict, cause = judge(ranks, ending, seconds=seconds)
     scene.keep(members, folder, passed=verdict is Verdict.PASSED)
     agent_output = output.read(folder / "agent0" / "stderr.log")

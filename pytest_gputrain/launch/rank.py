@@ -21,6 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+from ..trace.install import installed
 from . import output, payload, process, recorder, stacks, sweep, wire
 
 DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 64) - 3  # macOS has no real-time signals, and no launches
@@ -134,7 +135,8 @@ def run_function(
         link.hello()
         target, args, kwargs = payload.unpack_call(call)
         _join_group(spec, rank, listen_fd)
-        value = target(*args, **kwargs)
+        with tracing(spec, rank):
+            value = target(*args, **kwargs)
         body = _pack(value, rank)
         _flush()
         link.report("passed", body, imported=_imported_since(known) if rank == 0 else [])
@@ -145,6 +147,14 @@ def run_function(
     link.wait_for_release()
     # Not sys.exit: about half of the ranks that leave gloo undestroyed die of SIGABRT at interpreter exit.
     os._exit(0)
+
+
+def tracing(spec: Mapping[str, Any], rank: int) -> contextlib.AbstractContextManager[None]:
+    """What the launch asked to trace, around the user's code; written into the rank's folder."""
+    # Half of what ends the launch, so that the dump is there when it does.
+    seconds = min(spec["stall"], spec["timeout"]) / 2
+    folder = Path(spec["folder"]) / f"rank{rank}"
+    return installed(spec.get("trace"), folder, rank, watchdog_seconds=seconds)
 
 
 def _imported_since(known: frozenset[str]) -> list[str]:
@@ -248,13 +258,24 @@ def safe_str(error: BaseException) -> str:
 
 
 def skip_machinery(tb: TracebackType | None) -> TracebackType | None:
-    """The traceback from the user's first frame on; whole if there is none."""
+    """The traceback from the user's first frame on, without the tracers' frames; whole if there is none."""
     package = Path(__file__).resolve().parent.parent
     own = ("<frozen runpy>", *(f"{package}/{room}/" for room in ("launch", "checks", "case", "trace")))
     first = tb
     while first is not None and first.tb_frame.f_code.co_filename.startswith(own):
         first = first.tb_next
-    return first or tb
+    return _without_tracers(first, f"{package}/trace/") or tb
+
+
+def _without_tracers(tb: TracebackType | None, folder: str) -> TracebackType | None:
+    frames = []
+    while tb is not None:
+        frames.append(tb)
+        tb = tb.tb_next
+    for frame in reversed(frames):
+        if not frame.tb_frame.f_code.co_filename.startswith(folder):
+            tb = TracebackType(tb, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+    return tb
 
 
 def format_error(error: BaseException, tb: TracebackType | None) -> str:

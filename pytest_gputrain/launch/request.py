@@ -16,6 +16,7 @@ from ..devices.inventory import FAKE_VARIABLE, discover
 from ..devices.sharing import gpus_to_share, label
 from ..devices.shortage import count, describe_found
 from ..devices.visible import visible_gpus
+from ..trace import switches
 from .errors import LaunchUsageError, TooFewGpus, UnsupportedPlatform
 
 DEVICES = ("cpu", "cuda")
@@ -134,6 +135,18 @@ def environment(given: object) -> dict[str, str]:
                 f"env[{name!r}]={value!r}: names and values must be strings; write {str(value)!r}"
             )
     return environ
+
+
+def tracing(trace: object, environ: Mapping[str, str], *, default: bool) -> dict[str, object] | None:
+    """What the ranks are to trace, by ``trace=`` and the switches in their environment; None for nothing.
+
+    Raises LaunchUsageError.
+    """
+    try:
+        found = switches.resolve(trace, environ, default=default)
+    except switches.SwitchError as error:
+        raise LaunchUsageError(str(error)) from None
+    return found.as_record() if found else None
 
 
 def script_or_module(given: object, module: bool) -> str:

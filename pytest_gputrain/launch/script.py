@@ -15,6 +15,7 @@ import threading
 import traceback
 import types
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,8 +28,13 @@ _NOT_FOR_SCRIPTS = ("pytest", "_pytest", "pluggy", "iniconfig", "xdist", "execne
 _STUDIED = ("GPUTRAIN_STUDY", "GPUTRAIN_MAX_STEPS", "GPUTRAIN_BACKEND", "GPUTRAIN_SEED")
 
 
-def run(link: rank.Link, command: Sequence[str], search_path: Sequence[str]) -> NoReturn:
-    """Runs ``[python, -u, [-m,] script, *argv]`` and ends the process.
+def run(
+    link: rank.Link,
+    command: Sequence[str],
+    search_path: Sequence[str],
+    tracing: AbstractContextManager[None],
+) -> NoReturn:
+    """Runs ``[python, -u, [-m,] script, *argv]``, traced, and ends the process.
 
     A passing rank reports and stays until it is let go; a failing one leaves at once, so that the elastic
     agent sees what it would see of a real process.
@@ -36,7 +42,7 @@ def run(link: rank.Link, command: Sequence[str], search_path: Sequence[str]) -> 
     link.hello()
     _forget_pytest()
     arguments = list(command[command.index("-u") + 1 :])
-    code, details = _run_to_the_end(link, arguments, search_path)
+    code, details = _run_to_the_end(link, arguments, search_path, tracing)
     for stream in (sys.stdout, sys.stderr):
         _flush(stream)
     if code == 0 and not details:
@@ -74,14 +80,18 @@ def _flush(stream: Any) -> None:
 
 
 def _run_to_the_end(
-    link: rank.Link, arguments: list[str], search_path: Sequence[str]
+    link: rank.Link,
+    arguments: list[str],
+    search_path: Sequence[str],
+    tracing: AbstractContextManager[None],
 ) -> tuple[int, dict[str, Any]]:
     """(exit code, details of the failure): the script, then what the interpreter does after it."""
     code = 0
     details: dict[str, Any] = {}
     try:
-        _study(link)
-        _execute(arguments, search_path)
+        with tracing:
+            _study(link)
+            _execute(arguments, search_path)
     except BaseException as error:  # SystemExit and KeyboardInterrupt end scripts too
         code, details = _end_of(error)
     for thread in threading.enumerate():  # as the interpreter does before it exits

@@ -8,6 +8,7 @@ Each has keys and values of its own; a sigmoid gate a token, head and branch mix
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 class SparseAttention(nn.Module):
     """(batch, length, width) -> the same shape, causal."""
 
+    branches = BRANCHES
+
     def __init__(self, config: SparseConfig) -> None:
         super().__init__()
         self.config = config
@@ -32,6 +35,11 @@ class SparseAttention(nn.Module):
         self.summarize = nn.Linear(config.block_size, 1)
         self.gate = nn.Linear(config.width, len(BRANCHES) * config.num_heads)
         self.proj = nn.Linear(config.width, config.width, bias=False)
+
+    def force_branch(self, name: str) -> None:
+        """Use this branch alone, with a gate of one."""
+        gates = {branch: float(branch == name) for branch in BRANCHES}
+        self.config = replace(self.config, **gates)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         query = self._heads(self.query(x))

@@ -6,6 +6,8 @@ Does not see gradients that are assigned by hand to ``parameter.grad``.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -21,21 +23,39 @@ class GradTracer:
     tied parameter has its first name. What is recorded adds up until ``step()`` begins a new step;
     ``arrived``, ``missing`` and ``order`` speak of the current step, ``arrived_ever`` and
     ``missing_ever`` of all of them. Entering it again, while it is entered, adds no second hook.
+
+    weak: does not keep the model alive; without it, ``model`` is None and nothing is trainable.
+    on_arrival: called with each parameter whose gradient arrives.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
+    def __init__(
+        self, model: Any, *, weak: bool = False, on_arrival: Callable[[Any], None] | None = None
+    ) -> None:
+        self._model: Callable[[], Any] = weakref.ref(model) if weak else lambda: model
+        self._on_arrival = on_arrival
         self.owners: dict[str, Owner] = owners(model)
         self.steps = 1
-        self._order: list[str] = []
+        self._order: dict[str, None] = {}
+        self._hooked: dict[int, weakref.ref[Any]] = {}
         self._earlier: set[str] = set()
         self._handles: list[Any] = []
         self._depth = 0
 
     @property
+    def model(self) -> Any:
+        """The model as it was given."""
+        return self._model()
+
+    @property
     def trainable(self) -> list[str]:
         """Names of the parameters that ask for a gradient."""
-        return [name for name, parameter in named_parameters(self.model).items() if parameter.requires_grad]
+        return list(self._trainable())
+
+    def _trainable(self) -> dict[str, Any]:
+        model = self.model
+        if model is None:
+            return {}
+        return {name: p for name, p in named_parameters(model).items() if p.requires_grad}
 
     @property
     def arrived(self) -> set[str]:
@@ -50,22 +70,24 @@ class GradTracer:
     @property
     def missing(self) -> list[str]:
         """Trainable names, in the model's order, without a gradient in this step."""
-        return [name for name in self.trainable if name not in self.arrived]
+        arrived = self.arrived
+        return [name for name in self.trainable if name not in arrived]
 
     @property
     def missing_ever(self) -> list[str]:
         """Trainable names, in the model's order, without a gradient in any step."""
-        return [name for name in self.trainable if name not in self.arrived_ever]
+        arrived = self.arrived_ever
+        return [name for name in self.trainable if name not in arrived]
 
     @property
     def order(self) -> list[str]:
         """Names in the order in which their gradients first arrived in this step."""
-        return list(dict.fromkeys(self._order))
+        return list(self._order)
 
     def step(self) -> None:
         """Begin a new step: what arrived so far is kept in ``arrived_ever`` only."""
         self._earlier |= set(self._order)
-        self._order = []
+        self._order = {}
         self.steps += 1
 
     def assert_all_arrived(self) -> None:
@@ -81,10 +103,20 @@ class GradTracer:
     def __enter__(self) -> GradTracer:
         self._depth += 1
         if self._depth == 1:
-            for name, parameter in named_parameters(self.model).items():
-                if parameter.requires_grad:
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
+            self.refresh(self._trainable())
         return self
+
+    def refresh(self, parameters: dict[str, Any]) -> dict[str, Any]:
+        """Hooks those of the parameters that were replaced or thawed since, and returns them."""
+        new = {name: p for name, p in parameters.items() if p.requires_grad and not self._is_hooked(p)}
+        for name, parameter in new.items():
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._hook(name)))
+            self._hooked[id(parameter)] = weakref.ref(parameter)
+        return new
+
+    def _is_hooked(self, parameter: Any) -> bool:
+        reference = self._hooked.get(id(parameter))  # an id may be used again, for another parameter
+        return reference is not None and reference() is parameter
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -94,12 +126,20 @@ class GradTracer:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
+            self._hooked.clear()
 
     def _hook(self, name: str) -> Any:
         def arrived(parameter: Any) -> None:
-            self._order.append(name)
+            self._order[name] = None
 
-        return arrived
+        if (on_arrival := self._on_arrival) is None:
+            return arrived
+
+        def arrived_and_told(parameter: Any) -> None:
+            self._order[name] = None
+            on_arrival(parameter)
+
+        return arrived_and_told
 
 
 def describe_missing(names: list[str], owned_by: dict[str, Owner]) -> str:

@@ -69,7 +69,7 @@ class StepRecorder:
     def step(self) -> Iterator[StepRecord]:
         self._record, self._latest, self._clipped = StepRecord(), {}, {}
         watch = OptimizerWatch(self.optimizer, self._before_update, self._after_update)
-        with patched_backward(self._backward), _patched_norm(self._before_clip), watch:
+        with patched_backward(self._backward), patched_norm(self._around_norm), watch:
             yield self._record
         seen = self._record.gradients
         for name, gradient in self._latest.items():
@@ -108,9 +108,10 @@ class StepRecorder:
                 seen[BEFORE_CLIP].pop(name, None)
                 seen[AFTER_BACKWARD][name] = gradients[name]
 
-    def _before_clip(self) -> None:
+    def _around_norm(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._clipped:
             self._clipped = self._gradients()
+        return original(*args, **kwargs)
 
     def _before_update(self, optimizer: Any, held: Held) -> None:
         seen = self._record.gradients
@@ -177,7 +178,7 @@ def patched_backward(around: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _patched_norm(before: Callable[[], None]) -> Iterator[None]:
+def patched_norm(around: Callable[..., Any]) -> Iterator[None]:
     """Clipping, however it was imported, starts by asking for the total norm here (torch 2.6 and later)."""
     from torch.nn.utils import clip_grad
 
@@ -186,8 +187,7 @@ def _patched_norm(before: Callable[[], None]) -> Iterator[None]:
 
     def replacement(original: Callable[..., Any]) -> Callable[..., Any]:
         def total_norm(*args: Any, **kwargs: Any) -> Any:
-            before()
-            return original(*args, **kwargs)
+            return around(original, *args, **kwargs)
 
         return total_norm
 

@@ -71,7 +71,7 @@ def test_hooks_are_gone_afterwards_and_not_doubled_within() -> None:
     model = net()
     with GradTracer(model) as trace, trace:
         backward(model)
-        assert len(trace._order) == len(set(trace._order))
+        assert len(model.first.weight._post_accumulate_grad_hooks or ()) == 1
     backward(model)
     assert len(trace._order) == 4
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
