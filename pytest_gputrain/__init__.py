@@ -15,7 +15,15 @@ import pytest
 # Must come before anything imports the checks: their test modules keep their plain asserts otherwise.
 pytest.register_assert_rewrite("pytest_gputrain.checks")
 
-from pytest_gputrain.plugin.fixtures import ddp_launcher, gpu_count, gpus, grad_tracer  # noqa: E402
+from pytest_gputrain.plugin.fixtures import (  # noqa: E402
+    ddp_launcher,
+    device,
+    gpu_count,
+    gpus,
+    grad_tracer,
+    rank,
+    world_size,
+)
 from pytest_gputrain.plugin.hooks import (  # noqa: E402
     pytest_addoption,
     pytest_collection_modifyitems,
@@ -34,6 +42,7 @@ if TYPE_CHECKING:
     from pytest_gputrain.launch import Cause, LaunchError, LaunchResult, Verdict
     from pytest_gputrain.launch.launcher import launch
 
+    distributed: pytest.MarkDecorator
     requires_gpus: pytest.MarkDecorator
     stability: pytest.MarkDecorator
 
@@ -52,7 +61,7 @@ _LAZY = {
     "Verdict": "launch",
 }
 _ROOMS = ("launch",)
-_MARKERS = ("requires_gpus", "stability")
+_MARKERS = ("distributed", "requires_gpus", "stability")
 
 __all__ = [
     "Cause",
@@ -62,6 +71,8 @@ __all__ = [
     "TrainingCase",
     "Verdict",
     "ddp_launcher",
+    "device",
+    "distributed",
     "gpu_count",
     "gpus",
     "grad_tracer",
@@ -76,9 +87,11 @@ __all__ = [
     "pytest_runtest_setup",
     "pytest_sessionstart",
     "pytest_unconfigure",
+    "rank",
     "requires_gpus",
     "run_checks",
     "stability",
+    "world_size",
 ]
 
 

@@ -103,6 +103,8 @@ class Member:
                 found.error = RankError(**error)
             if state == "passed":
                 self._unpack(found)
+            else:
+                found.attached = self.body
         elif state == "crashed":
             dump = _read(path / "crash.txt").partition("\nExtension modules:")[0]
             found.stacks = stacks.last_dump(dump)

@@ -22,15 +22,18 @@ from .errors import LaunchUsageError
 
 def pack_call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
     """A call as bytes. Raises LaunchUsageError, with the object that is in the way, if it cannot travel."""
-    call = (target, tuple(args), dict(kwargs))
+    return pack_by_value((target, tuple(args), dict(kwargs)), getattr(target, "__qualname__", repr(target)))
+
+
+def pack_by_value(value: object, name: str = "a value") -> bytes:
+    """Anything as bytes, with test modules by value. Raises LaunchUsageError, naming it by ``name``."""
     try:
         with _by_value(_rewritten_modules()):
-            return _dumps(call)
+            return _dumps(value)
     except Exception:  # pickling runs foreign code; a global of the test module may refuse
         try:
-            return _dumps(call)
+            return _dumps(value)
         except Exception as error:
-            name = getattr(target, "__qualname__", repr(target))
             raise LaunchUsageError(
                 f"{name} cannot be sent to the ranks: {type(error).__name__}: {_one_line(error)}; "
                 "create what cannot be pickled (locks, files, sockets, CUDA tensors) inside the function"
@@ -66,8 +69,8 @@ class _ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle h
         return super().reducer_override(obj)
 
 
-def _dumps(call: object) -> bytes:
-    data: bytes = cloudpickle.dumps(call, protocol=pickle.HIGHEST_PROTOCOL)
+def _dumps(value: object) -> bytes:
+    data: bytes = cloudpickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
     return data
 
 

@@ -28,6 +28,10 @@ DUMP_SIGNAL = getattr(signal, "SIGRTMAX", 64) - 3  # macOS has no real-time sign
 """Asks a rank for its stacks. A real-time signal, because scripts take SIGUSR1 for themselves."""
 
 
+ATTACHED = "_gputrain_attached"
+"""Attribute of an exception whose bytes travel with its report, to ``RankResult.attached``."""
+
+
 class Link:
     """The rank's end of its socket to the launching process."""
 
@@ -143,7 +147,7 @@ def run_function(
     except BaseException as error:  # SystemExit and pytest's outcomes are BaseExceptions
         _flush()
         state, details = describe(error)
-        link.report(state, **details)
+        link.report(state, getattr(error, ATTACHED, b""), **details)
     link.wait_for_release()
     # Not sys.exit: about half of the ranks that leave gloo undestroyed die of SIGABRT at interpreter exit.
     os._exit(0)
@@ -260,7 +264,10 @@ def safe_str(error: BaseException) -> str:
 def skip_machinery(tb: TracebackType | None) -> TracebackType | None:
     """The traceback from the user's first frame on, without the tracers' frames; whole if there is none."""
     package = Path(__file__).resolve().parent.parent
-    own = ("<frozen runpy>", *(f"{package}/{room}/" for room in ("launch", "checks", "case", "trace")))
+    own = (
+        "<frozen runpy>",
+        *(f"{package}/{room}/" for room in ("launch", "checks", "case", "trace", "plugin")),
+    )
     first = tb
     while first is not None and first.tb_frame.f_code.co_filename.startswith(own):
         first = first.tb_next

@@ -104,6 +104,7 @@ class RankResult:
     the process's own (negative never: a signal is in ``signal`` by name, such as ``"SIGKILL"``).
     ``stdout`` and ``stderr`` hold at most the first and last 128 KiB; the files are under
     ``LaunchResult.artifacts``. ``stacks`` is filled for ranks that were still running at the end.
+    ``attached`` is what whoever ran the function on the rank attached to its exception.
     """
 
     rank: int
@@ -121,6 +122,7 @@ class RankResult:
     pid: int | None = None
     seconds: float = 0.0
     leftovers: list[str] = field(default_factory=list)
+    attached: bytes = b""
 
     @property
     def output(self) -> str:

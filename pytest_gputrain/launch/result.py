@@ -64,8 +64,11 @@ class LaunchResult:
         """0 if PASSED, else 1: what torchrun returns."""
         return 0 if self.passed else 1
 
-    def summary(self) -> str:
-        """The whole text of a launch that did not pass. Its first line alone says what to mend."""
+    def summary(self, *, printed: bool = True) -> str:
+        """The whole text of a launch that did not pass. Its first line alone says what to mend.
+
+        Without ``printed`` it leaves out what ranks printed and where that is kept.
+        """
         if self.passed:
             shared = f" ({self.shared_gpu})" if self.shared_gpu else ""
             return f"PASSED: {output.rank_list(r.rank for r in self.ranks)} in {self.seconds:.1f} s{shared}"
@@ -77,15 +80,15 @@ class LaunchResult:
         lines += [f"  {self.shared_gpu}"] if self.shared_gpu else []
         lines += [f"  {line}" for line in self._others()]
         lines += self._traceback()
-        lines += self._outputs()
+        lines += self._outputs() if printed else []
         if self.leftovers:
             lines.append(f"  left running and ended: {'; '.join(self.leftovers[:5])}")
-        lines.append(f"  artifacts: {self.artifacts}")
+        lines += [f"  artifacts: {self.artifacts}"] if printed else []
         return "\n".join(lines)
 
     def _others(self) -> list[str]:
         """One line a group of ranks that share a fate; the culprit is in the first line already."""
-        fates = {r.rank: _fate(r) for r in self.ranks if not self._is_culprit(r)}
+        fates = {r.rank: fate(r) for r in self.ranks if not self._is_culprit(r)}
         return [f"{output.rank_list(ranks)}: {text}" for ranks, text in output.grouped(fates)]
 
     def _symptom(self, cause: Cause) -> str:
@@ -136,7 +139,7 @@ def _without_traceback(text: str, rank: RankResult) -> str:
     return plain.replace(rank.error.traceback, "") if rank.error.traceback in plain else text
 
 
-def _fate(rank: RankResult) -> str:
+def fate(rank: RankResult) -> str:
     """What became of a rank that is not the cause, in one line."""
     if rank.state == "passed":
         return "finished"

@@ -159,7 +159,7 @@ def _torch_folder() -> str:
 
 
 def _is_ours(file: str) -> bool:
-    return file.startswith(_PACKAGE + "/launch/")
+    return file.startswith((_PACKAGE + "/launch/", _PACKAGE + "/plugin/"))
 
 
 @lru_cache(maxsize=4096)

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_gputrain.plugin import leasing
+from pytest_gputrain.plugin import known_there, leasing
 
 if TYPE_CHECKING:
+    import torch
+
     from pytest_gputrain.plugin.launcher import PytestLauncher
     from pytest_gputrain.trace.gradients import GradTracer
 
@@ -58,3 +60,23 @@ def grad_tracer() -> type[GradTracer]:
     from pytest_gputrain.trace.gradients import GradTracer
 
     return GradTracer
+
+
+@pytest.fixture
+def rank(request: pytest.FixtureRequest) -> int:
+    """Return the number of this rank, in a test marked ``distributed``."""
+    number: int = known_there.rank_of(request.node)
+    return number
+
+
+@pytest.fixture
+def world_size(request: pytest.FixtureRequest) -> int:
+    """Return the number of ranks of a test marked ``distributed``."""
+    return known_there.world_size_of(request.node)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Return the device of this rank, in a test marked ``distributed``: ``cpu``, or its GPU."""
+    mine: torch.device = known_there.device_of(request.node)
+    return mine

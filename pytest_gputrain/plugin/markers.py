@@ -19,6 +19,8 @@ DESCRIPTIONS = (
     "adds the marker gpu.",
     "gpu: runs on a GPU; requires_gpus adds it, so that -m gpu selects these tests.",
     "stability(depth=20, iterations=1000): a long run; skipped unless --stability is given or -m names it.",
+    "distributed(world_size=2, backend=None, device=None, isolation='fresh', timeout=None, stall=None, "
+    "env=None): the body runs on every rank, with the fixtures rank, world_size and device.",
 )
 
 _Read = TypeVar("_Read")
@@ -55,6 +57,11 @@ def prepare(items: list[pytest.Item]) -> None:
     for item in items:
         _validated(item, "requires_gpus", gpu_need)
         _validated(item, "stability", stability_plan)
+        if item.get_closest_marker("distributed"):
+            from pytest_gputrain.plugin.distributed_plan import distributed_plan, prepare_test
+
+            _validated(item, "distributed", distributed_plan)
+            prepare_test(item)
         if item.get_closest_marker("requires_gpus") and not item.get_closest_marker("gpu"):
             item.add_marker("gpu")
         if item.get_closest_marker("gpu"):
@@ -87,7 +94,7 @@ def gpu_need(mark: pytest.Mark) -> GpuNeed:
             raise ValueError(f"memory must be {LEGAL_SIZE}") from None
         return GpuNeed(num_gpus, memory)
 
-    return _bound(requires_gpus, mark, "requires_gpus(n=1, *, memory=None)")
+    return bound(requires_gpus, mark, "requires_gpus(n=1, *, memory=None)")
 
 
 def stability_plan(mark: pytest.Mark) -> StabilityPlan:
@@ -96,7 +103,7 @@ def stability_plan(mark: pytest.Mark) -> StabilityPlan:
     def stability(depth: object = 20, iterations: object = 1000) -> StabilityPlan:
         return StabilityPlan(_whole("depth", depth), _whole("iterations", iterations))
 
-    return _bound(stability, mark, "stability(depth=20, iterations=1000)")
+    return bound(stability, mark, "stability(depth=20, iterations=1000)")
 
 
 def skip_reason(item: pytest.Item) -> str | None:
@@ -133,7 +140,8 @@ def _whole(name: str, value: object) -> int:
     return value
 
 
-def _bound(read: Callable[..., _Read], mark: pytest.Mark, signature: str) -> _Read:
+def bound(read: Callable[..., _Read], mark: pytest.Mark, signature: str) -> _Read:
+    """Return what ``read`` makes of a marker's arguments; wrong ones get the signature."""
     try:
         return read(*mark.args, **mark.kwargs)
     except TypeError:

@@ -33,6 +33,7 @@ class Settings(NamedTuple):
     stability: bool
     lease_dir: Path | None
     lease_timeout: float
+    alone: bool
     origins: Mapping[str, str]
 
 
@@ -182,6 +183,15 @@ SETTINGS = (
         _parse_seconds,
         3600.0,
         "SECONDS",
+    ),
+    Setting(
+        "alone",
+        "--gputrain-alone",
+        "run tests marked distributed as one rank, in pytest's own process: for --pdb and breakpoint()",
+        "true or false",
+        _parse_flag,
+        False,
+        kind="flag",
     ),
 )
 
