@@ -17,7 +17,7 @@ from pytest_gputrain.plugin.distributed_plan import DistributedPlan, distributed
 from pytest_gputrain.plugin.known_there import device_name
 from pytest_gputrain.plugin.launcher import launcher_for
 from pytest_gputrain.plugin.rank_asserts import explaining_of
-from pytest_gputrain.plugin.rank_body import Body, Finished, Showing, run_body
+from pytest_gputrain.plugin.rank_body import Body, Filter, Finished, Showing, run_body
 from pytest_gputrain.plugin.rank_failure import Shown, attached, failure_of, mixed_xfail, refusal
 from pytest_gputrain.plugin.rank_fixtures import here_only, standing_for
 from pytest_gputrain.plugin.sections import add_rank_sections
@@ -77,7 +77,7 @@ def _run_on_ranks(item: pytest.Function, plan: DistributedPlan) -> None:
         device_name(item, plan),
         _showing(item.config),
         _explaining(item),
-        tuple(warnings.filters),  # type: ignore[arg-type]
+        _filters(),
     )
     try:
         result = launcher(run_body, body, check=False, **plan._asdict())
@@ -156,6 +156,15 @@ def _showing(config: pytest.Config) -> Showing:
         locals=bool(config.getoption("showlocals")),
         truncate=config.get_verbosity() <= 1,
         invoked_in=str(config.invocation_params.dir),
+    )
+
+
+def _filters() -> tuple[Filter, ...]:
+    """The warning filters of this test, its marks included."""
+    patterns = [[getattr(part, "pattern", part) for part in one] for one in warnings.filters]
+    return tuple(
+        (action, message or "", category, module or "", line)
+        for action, message, category, module, line in patterns
     )
 
 

@@ -19,7 +19,8 @@ from pytest_gputrain.plugin.known_there import VALUES, torch_device
 from pytest_gputrain.plugin.rank_asserts import Explaining, explained
 from pytest_gputrain.plugin.rank_fixtures import arrived
 
-Filter = tuple[str, Any, type[Warning], Any, int]
+Filter = tuple[Any, str, type[Warning], str, int]
+"""Action, pattern of the message, category, pattern of the module, line."""
 
 
 class Showing(NamedTuple):
@@ -109,7 +110,7 @@ def _warnings_as(filters: tuple[Filter, ...]) -> Iterator[list[warnings.WarningM
     with warnings.catch_warnings(record=True) as log:
         warnings.resetwarnings()
         for action, message, category, module, line in reversed(filters):
-            warnings.filterwarnings(action, message or "", category, module or "", line)  # type: ignore[arg-type]
+            warnings.filterwarnings(action, message, category, module, line)
         yield log
 
 

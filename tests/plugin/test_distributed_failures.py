@@ -93,17 +93,17 @@ def test_not_marked(rank): pass
 SHOWN = [
     [
         "FAILED after * s: rank 1 raised AssertionError: assert [[]1, 2, 3[]] == [[]1, 2, 4[]]   at "
-        "test_it.py:11 in compare",
+        "test_it.py:* in compare",
         "  rank 0: finished",
         "",
         "rank = 1",
         ">       check(values)",
-        "test_it.py:8: in check",
+        "test_it.py:*: in check",
         "    return compare(values)",
         ">       assert values == [[]1, 2, 4[]]",
         "E       assert [[]1, 2, 3[]] == [[]1, 2, 4[]]",
         "E         At index 2 diff: 3 != 4",
-        "test_it.py:11: AssertionError",
+        "test_it.py:*: AssertionError",
         "*Captured stdout of rank 0 call*",
         "before it 0",
         "*Captured stdout of rank 1 call*",
@@ -122,9 +122,9 @@ SHOWN = [
     ],
     ["FAILED after * s: rank 1 called pytest.xfail('because') while rank 0 passed: xfail on all ranks or *"],
     ["FAILED after * s: rank 1 skipped (because) while rank 0 ran: skip on all ranks or on none *"],
-    ["HUNG after * s: rank 1 had finished while rank 0 waits for it in a collective   at test_it.py:53 in *"],
+    ["HUNG after * s: rank 1 had finished while rank 0 waits for it in a collective   at test_it.py:* in *"],
     ["CRASHED after * s: rank 1 left with exit code 0 before it was done (os._exit[?])*"],
-    ["FAILED after * s: ranks 0-1 raised KeyboardInterrupt   at test_it.py:62 in test_interrupted"],
+    ["FAILED after * s: ranks 0-1 raised KeyboardInterrupt   at test_it.py:* in test_interrupted"],
     [
         "*_ test_lock _*",
         "the value of the fixture 'lock' cannot be sent to the ranks: TypeError: cannot pickle "
@@ -170,10 +170,10 @@ def test_traceback_styles(pytester: pytest.Pytester, run_child: Run, monkeypatch
     pytester.makepyfile(test_it=FAILING)
     one = ("-k", "a_diff", "--show-capture=no")
     short = run_child(*one, "--tb=short", "-l").stdout
-    short.fnmatch_lines(["test_it.py:17: in test_a_diff", "    check(values)", "values*= [[]1, 2, 3[]]"])
+    short.fnmatch_lines(["test_it.py:*: in test_a_diff", "    check(values)", "* values  *= [[]1, 2, 3[]]"])
     short.no_fnmatch_line("*before it*")
     assert "Traceback (most recent call last):" in run_child(*one, "--tb=native").outlines
-    run_child(*one, "--tb=line").stdout.fnmatch_lines(["*test_it.py:11: rank 1: assert [[]1, 2, 3[]] == *"])
+    run_child(*one, "--tb=line").stdout.fnmatch_lines(["*test_it.py:*: rank 1: assert [[]1, 2, 3[]] == *"])
 
 
 HANGING = """
