@@ -161,7 +161,7 @@ def _showing(config: pytest.Config) -> Showing:
 
 def _filters() -> tuple[Filter, ...]:
     """The warning filters of this test, its marks included."""
-    patterns = [[getattr(part, "pattern", part) for part in one] for one in warnings.filters]
+    patterns: list[list[Any]] = [[getattr(part, "pattern", part) for part in one] for one in warnings.filters]
     return tuple(
         (action, message or "", category, module or "", line)
         for action, message, category, module, line in patterns

@@ -50,7 +50,7 @@ def distributed_plan(mark: pytest.Mark) -> DistributedPlan:
         if device is not None:
             request.one_of("device", device, request.DEVICES)
         if device == "cpu":
-            request.device_and_backend(device, backend, size)  # whether they fit; asks for no GPU here
+            request.placement(device, backend, size, {}, share_gpu=False)  # whether they fit; no GPU is asked
         request.one_of("isolation", isolation, request.ISOLATIONS)
         for name, value in (("timeout", timeout), ("stall", stall)):
             if value is not None:

@@ -48,7 +48,8 @@ def failure_of(item: pytest.Item, result: LaunchResult, notes: list[str]) -> Sho
     head = f"{result.verdict} after {result.seconds:.1f} s: {who} raised {first.error.headline}{place}"
     told = {number for group in groups for number in group.ranks}
     fates = {rank.rank: fate(rank) for rank in result.ranks if rank.rank not in told}
-    lines = [f"{output.rank_list(ranks)}: {text}" for ranks, text in output.grouped(fates)]
+    lines = [result.shared_gpu] if result.shared_gpu else []
+    lines += [f"{output.rank_list(ranks)}: {text}" for ranks, text in output.grouped(fates)]
     lines += [
         f"{output.rank_list(group.ranks)}: raised {group.error.headline}   at {group.error.location}"
         for group in groups[1:]

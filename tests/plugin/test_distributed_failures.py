@@ -116,9 +116,9 @@ SHOWN = [
     ["--- rank 0", ">       raise TypeError(*", "E       TypeError: elsewhere"],
     [
         "--- rank 1",
-        "E           KeyError: 'first'",
+        "E *KeyError: 'first'",
         "The above exception was*",
-        "E           ValueError: then",
+        "E *ValueError: then",
     ],
     ["FAILED after * s: rank 1 called pytest.xfail('because') while rank 0 passed: xfail on all ranks or *"],
     ["FAILED after * s: rank 1 skipped (because) while rank 0 ran: skip on all ranks or on none *"],
