@@ -64,6 +64,15 @@ def test_the_tour() -> None:
     assert "needs 2 GPUs, found" in done.stdout
 
 
+def test_tests_on_every_rank() -> None:
+    done = pytest_here("--rootdir=.", "-rs", "test_on_every_rank.py")
+    assert done.returncode == 0, done.stdout
+    assert "2 passed, 2 skipped" in done.stdout, done.stdout
+    program = (EXAMPLES / "test_on_every_rank.py").read_text()
+    start = program.index("@distributed(world_size=2)\ndef test_gradients")
+    assert program[start : program.index("\n\n", start)] in README
+
+
 def test_the_command_line_on_the_examples_case() -> None:
     done = run("pytest_gputrain", "check", "my_cases:llama", "--checks", "gradients_arrive,optimizer_covers")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -83,6 +92,7 @@ def test_the_broken_case_that_the_readme_shows() -> None:
 def test_every_python_file_is_run_by_one_of_these() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "test_uneven.py",
+        "test_on_every_rank.py",
         "test_tour.py",
         "my_cases.py",
         "train.py",
