@@ -119,16 +119,17 @@ class LaunchResult:
     def _outputs(self) -> list[str]:
         shown = []
         for name in ("stdout", "stderr"):
-            texts = {
-                r.rank: output.last_lines(text, _OUTPUT_LINES)
-                for r in self.ranks
-                if (text := _without_traceback(getattr(r, name), r))
-            }
+            texts = {r.rank: shown_lines(r, name) for r in self.ranks}
             for ranks, text in output.grouped(texts)[:4]:
                 same = " (the same)" if len(ranks) > 1 else ""
                 shown.append(f"--- {output.rank_list(ranks)} {name}{same}")
                 shown.append(text)
         return shown
+
+
+def shown_lines(rank: RankResult, name: str) -> str:
+    """What the text of a launch shows of a rank's ``stdout`` or ``stderr``: its last lines."""
+    return output.last_lines(_without_traceback(getattr(rank, name), rank), _OUTPUT_LINES)
 
 
 def _without_traceback(text: str, rank: RankResult) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Generator
 
 import pytest
 
-from pytest_gputrain.plugin import cases, leasing, markers, settings, terminal
+from pytest_gputrain.plugin import cases, leasing, markers, properties, settings, terminal
 from pytest_gputrain.plugin.xdist import XdistHooks, refusals
 
 
@@ -84,6 +84,19 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         return (yield)
     finally:
         SESSION_LAUNCHER.reset(token)
+
+
+# Before the report is made: it takes the sections that its item has by then.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    # Of a session that launched nothing nothing is to be told; importing the module to ask would cost it.
+    if "pytest_gputrain.plugin.sections" in sys.modules or properties.has(item, properties.SHARED):
+        from pytest_gputrain.plugin.sections import complete
+
+        complete(item, call)
+    return (yield)
 
 
 # A wrapper: the skip mark must be there before pytest's own skipping, which then reports the test's location.

@@ -20,6 +20,7 @@ from pytest_gputrain.launch import (
 )
 from pytest_gputrain.launch.errors import TooFewGpus
 from pytest_gputrain.plugin import leasing, properties
+from pytest_gputrain.plugin.sections import note_launch
 from pytest_gputrain.plugin.settings import settings_of
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class PytestLauncher(Launcher):
         """Leave what the report has to say about a launch, whatever it came to."""
         if result.shared_gpu:
             properties.add(self._node, properties.SHARED, result.shared_gpu)
+        note_launch(self._node, result, kept=self.defaults.artifacts is not None)
 
     def _skip(self, reason: str) -> None:
         __tracebackhide__ = True

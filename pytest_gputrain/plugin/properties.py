@@ -21,6 +21,11 @@ def add(item: pytest.Item, name: str, value: object) -> None:
         item.user_properties.append((name, str(value)))
 
 
+def texts(item: pytest.Item, name: str) -> list[str]:
+    """Return the properties of that name."""
+    return [str(value) for key, value in item.user_properties if key == name]
+
+
 def has(item: pytest.Item, name: str) -> bool:
     """Whether the test's report has a property of that name."""
-    return any(key == name for key, _ in item.user_properties)
+    return bool(texts(item, name))
