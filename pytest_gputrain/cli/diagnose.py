@@ -85,25 +85,20 @@ def _layers(text: str) -> tuple[int, int | None]:
 def _diagnose(options: argparse.Namespace) -> int:
     from pytest_gputrain.diagnose.phases import plan
     from pytest_gputrain.diagnose.run import Plan
-    from pytest_gputrain.launch import shutdown
 
     chosen = _chosen(options.phases)
     program = _program(options)
     out = _checked_folder(options.out, program.name)
     settings = _settings(options, out)
+    given = _given(options, program, settings)
+    _make(out)
+    phases = plan(given, chosen)
+    _tell(f"gputrain diagnose {program.command}: {len(phases)} phases, report in {out}")
     try:
-        given = _given(options, program, settings)
-        made = _make(out)
-        phases = plan(given, chosen)
-        print(f"gputrain diagnose {program.command}: {len(phases)} phases, report in {out}", flush=True)
-        try:
-            report = Plan(program, given, phases, settings, tell=_tell).run()
-        except KeyboardInterrupt:
-            print(f"\ninterrupted; what is known is in {out}/SUMMARY.md", flush=True)
-            raise
-    finally:
-        shutdown()
-    assert made
+        report = Plan(program, given, phases, settings, tell=_tell).run()
+    except KeyboardInterrupt:
+        _tell(f"interrupted; what is known is in {out}/SUMMARY.md")
+        raise
     if options.json is not None:
         options.json.write_text(json.dumps(report.document(), indent=2) + "\n", encoding="utf-8")
     return _finish(report, out)
@@ -137,8 +132,8 @@ def _program(options: argparse.Namespace) -> Program:
     from pytest_gputrain.launch.request import linux, script_or_module
 
     if (options.case is None) == (options.script is None):
-        given = "both" if options.case else "neither"
-        raise UsageError(f"{given} a script and a case given; give SCRIPT, -m MODULE or --case MODULE:ATTR")
+        given = "both a script and" if options.case else "neither a script nor"
+        raise UsageError(f"{given} a case given; give SCRIPT, -m MODULE or --case MODULE:ATTR")
     try:
         linux()
         if options.case is None:
@@ -207,13 +202,13 @@ def _checked_folder(given: str | None, name: str) -> Path:
     return out
 
 
-def _make(out: Path) -> Path:
+def _make(out: Path) -> None:
     """Makes the folder, and tries to write there: only an attempt tells."""
     missing = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
-            return out
+            return
     except OSError as error:
         for path in missing:  # nothing is left behind
             if path.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,7 @@ def never_synchronise() -> None:
 
     original = DistributedDataParallel.__init__
 
+    @functools.wraps(original)  # others look at its signature
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         self.require_backward_grad_sync = False

@@ -1,0 +1,1 @@
+"""Whole training scripts, for the phase plan: run as they are, as ``__main__``."""

@@ -1,0 +1,1 @@
+"""A package whose ``train`` is run with ``-m``: it has relative imports."""
