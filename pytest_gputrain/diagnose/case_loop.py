@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from pytest_gputrain.case import TrainingCase, pytree
-from pytest_gputrain.trace.layers import layers_of
+from pytest_gputrain.trace.rewiring import longest_layer_list
 
 BATCH_SIZE = 4  # samples a rank and step, as the checks take
 _SEED = 1234
@@ -67,16 +67,11 @@ def build(case: TrainingCase, how: How) -> Any:
     return model if model.training else model.train()
 
 
-def describe(case: TrainingCase) -> dict[str, Any]:
-    """In a rank of its own: what a plan can do with the model."""
-    return {"layers": len(layers_of(build(case, How(steps=0))))}
-
-
 def shard(model: Any) -> Any:
     """FSDP2, in the usual way: each layer by itself, then the rest."""
     from torch.distributed.fsdp import fully_shard
 
-    for layer in layers_of(model):
+    for layer in longest_layer_list(model)[1]:
         fully_shard(layer)
     return fully_shard(model)
 

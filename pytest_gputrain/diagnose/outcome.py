@@ -25,6 +25,9 @@ _OUTCOMES = {
 # first is never: it allocates, compiles and fills caches.
 _FAR_LONGER, _LONG_SECONDS = 5.0, 10.0
 _SHOWN = 4
+# What a rank raises when a switch finds nothing to change: a run without its effect proves nothing.
+_UNREDUCED = "Expected to have finished reduction in the prior iteration"
+_SWITCH = "SwitchError: "
 
 
 def phase_result(
@@ -48,11 +51,25 @@ def phase_result(
         missing=missing,
         backend=backend,
     )
+    if cause is not None and _SWITCH in cause.message:
+        return replace(result, outcome=Outcome.SKIPPED, cause=_lacking(cause.message), location=None)
     if verdict is Verdict.TIMED_OUT:
         return _at_the_deadline(result, facts)
     if verdict is Verdict.PASSED:
         return _finished(result, facts)
+    if verdict is Verdict.FAILED and missing and _UNREDUCED in result.cause:
+        who = result.cause.partition(_UNREDUCED)[0]
+        names = ", ".join(one.name for one in missing[:_SHOWN])
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        return replace(result, cause=f"{who}{_UNREDUCED}: no gradient for {names}{more}")
     return result
+
+
+def _lacking(message: str) -> str:
+    """Of the error that a switch without effect makes, what the program lacks."""
+    said = message.partition(_SWITCH)[2]
+    _, is_set, lacks = said.partition(" is set, but ")
+    return lacks.removesuffix("; unset it") if is_set else said
 
 
 def _at_the_deadline(result: PhaseResult, facts: Facts) -> PhaseResult:

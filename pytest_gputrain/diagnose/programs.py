@@ -64,6 +64,7 @@ class Script:
             nproc=phase.ranks,
             module=self.module,
             env={**environ, **limit},
+            trace=True,
             check=False,
         )
 
@@ -105,5 +106,6 @@ class Case:
             world_size=phase.ranks,
             backend=backend,
             env=own,
+            trace=True,
             check=False,
         )

@@ -65,13 +65,13 @@ class Models:
         """Finds the models that these parameters belong to."""
         wanted = {id(parameter) for parameter in parameters if not self._is_known(parameter)}
         if wanted:
-            for root in _roots():
+            for root in roots():
                 if any(id(parameter) in wanted for parameter in root.parameters()):
                     self.meet(root)
 
     def all_of_the_script(self) -> None:
         """Finds every model, for scripts that have no optimizer."""
-        for root in _roots():
+        for root in roots():
             self.meet(root)
 
     def meet(self, root: Any) -> None:
@@ -108,7 +108,7 @@ class Models:
         return reference is not None and reference() is parameter
 
 
-def _roots() -> list[Any]:
+def roots() -> list[Any]:
     """Modules of the process that are part of no other module."""
     from torch import nn
 

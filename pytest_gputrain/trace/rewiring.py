@@ -136,3 +136,14 @@ def force_branch(model: Any, branch: str) -> str | None:
     if not branched:
         return None
     return f"[BRANCH] {branch} alone in {', '.join(name for name, _ in branched)}"
+
+
+def branches_of(model: Any) -> list[str]:
+    """The names that the model's branched modules declare."""
+    declared = [
+        str(name)
+        for module in model.modules()
+        if callable(getattr(type(module), "force_branch", None))
+        for name in getattr(module, "branches", ())
+    ]
+    return list(dict.fromkeys(declared))

@@ -21,14 +21,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pytest_gputrain.trace.names import inner_model, named_parameters
+from pytest_gputrain.trace.switches import SwitchError
+
 BACKENDS = ("gloo", "nccl")
 # Enough that two different gradients agree in all of them by chance only to within a tenth or so.
 _PROJECTIONS = 4
 WRITE_EVERY = 0.5  # seconds
-
-
-class SwitchError(ValueError):
-    """A switch with a value that is not legal; one line."""
 
 
 def install(environ: Mapping[str, str], leave: Callable[[], None]) -> Study:
@@ -92,10 +91,11 @@ class Study:
             self._write()
 
     def _look_at_the_model(self, optimizer: Any) -> None:
-        from pytest_gputrain.trace.layers import branches_of, layers_of
+        from pytest_gputrain.trace.rewiring import branches_of, longest_layer_list
 
         if (model := _model_of(_held(optimizer))) is not None:
-            self.facts |= {"layers": len(layers_of(model)), "branches": branches_of(model)}
+            layers = longest_layer_list(inner_model(model))[1]
+            self.facts |= {"layers": len(layers), "branches": branches_of(model)}
 
     def stopped(self, number: int) -> None:
         """The rank leaves now, because it was to take so many steps."""
@@ -116,8 +116,6 @@ class Study:
         register_optimizer_step_pre_hook(before)
 
     def _gradients(self, optimizer: Any) -> dict[str, list[float] | None]:
-        from pytest_gputrain.trace.names import named_parameters
-
         held = _held(optimizer)
         if not self._names and (model := _model_of(held)) is not None:
             self._names = {id(parameter): name for name, parameter in named_parameters(model).items()}
@@ -160,19 +158,15 @@ def _held(optimizer: Any) -> list[Any]:
 
 def _model_of(parameters: list[Any]) -> Any:
     """The living module that holds most of these parameters, the smallest of equals; None without one."""
-    import gc
-
-    from torch import nn
+    from pytest_gputrain.trace.models import roots
 
     ids = {id(parameter) for parameter in parameters}
-    # By type: asking a stranger's proxy object for its class may run its code.
-    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module)]
 
     def holds(module: Any) -> tuple[int, int]:
         own = [id(parameter) in ids for parameter in module.parameters()]
         return sum(own), -sum(1 for _ in module.modules())
 
-    best = max(modules, key=holds, default=None)
+    best = max(roots(), key=holds, default=None)
     return best if best is not None and holds(best)[0] else None
 
 
