@@ -93,7 +93,7 @@ def _diagnose(options: argparse.Namespace) -> int:
     given = _given(options, program, settings)
     _make(out)
     phases = plan(given, chosen)
-    _tell(f"gputrain diagnose {program.command}: {len(phases)} phases, report in {out}")
+    _tell(f"gputrain diagnose {program.command}: report in {out}")
     try:
         report = Plan(program, given, phases, settings, tell=_tell).run()
     except KeyboardInterrupt:

@@ -25,8 +25,8 @@ _OUTCOMES = {
 # first is never: it allocates, compiles and fills caches.
 _FAR_LONGER, _LONG_SECONDS = 5.0, 10.0
 _SHOWN = 4
-# What a rank raises when a switch finds nothing to change: a run without its effect proves nothing.
 _UNREDUCED = "Expected to have finished reduction in the prior iteration"
+# What a rank raises when a switch finds nothing to change: a run without its effect proves nothing.
 _SWITCH = "SwitchError: "
 
 

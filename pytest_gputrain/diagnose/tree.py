@@ -63,9 +63,7 @@ def decide(results: Sequence[PhaseResult], *, interrupted: bool = False) -> Deci
     _checkpointing(walk)
     _other_backend(walk, failed)
     _slow(walk)
-    if interrupted:
-        walk.found.append(advice.interrupted())
-    _last_resort(walk, failed)
+    _last_resort(walk, failed, interrupted)
     return Decision(tuple(walk.path), tuple(walk.found))
 
 
@@ -89,6 +87,10 @@ def _why_it_failed(walk: _Walk, failure: PhaseResult) -> None:
     # way of wrapping cannot mend it, even where it happens to pass.
     if failure.kind not in ("", "exception"):
         walk.found.append(advice.raised(failure))
+    # The others take only the first steps: that they pass says nothing of a later one.
+    early = any(result.phase.steps is not None for result in walk.group("program") if result.bad)
+    if not walk.ask("Does it fail within the first steps?", early):
+        return
     static, unused, fsdp2 = (walk.one(name) for name in ("static_graph", "find_unused", "fsdp2"))
     static_passes = _passes(static)
     if walk.ask("Does it pass with a static graph?", static_passes, advice.static_graph()):
@@ -173,19 +175,18 @@ def _slow(walk: _Walk) -> None:
         walk.found.append(advice.slow(slow))
 
 
-def _last_resort(walk: _Walk, failed: Sequence[PhaseResult]) -> None:
-    """Never without advice."""
+def _last_resort(walk: _Walk, failed: Sequence[PhaseResult], interrupted: bool) -> None:
+    """Never without advice; and what is well is said before what was also seen."""
+    accused = [result for result in walk.results if result.red and result.phase.accuses]
+    ran = any(result.outcome is not Outcome.SKIPPED for result in walk.results)
+    if interrupted:
+        walk.found.append(advice.interrupted())
+    elif not accused:
+        walk.found.insert(0, advice.healthy() if ran else advice.nothing_ran())
     if failed and not any(found.kind == "own_error" for found in walk.found):
         walk.found.append(advice.raised(_most_telling(failed)))
-    if walk.found:
-        return
-    others = [result for result in walk.results if result.bad and result.phase.accuses]
-    if others:
-        walk.found.append(advice.raised(others[0]))
-    elif all(result.outcome is Outcome.SKIPPED for result in walk.results):
-        walk.found.append(advice.nothing_ran())
-    else:
-        walk.found.append(advice.healthy())
+    if not walk.found:
+        walk.found.append(advice.raised(accused[0]))
 
 
 def _list(results: Sequence[PhaseResult]) -> str:

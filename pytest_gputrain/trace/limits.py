@@ -59,10 +59,11 @@ def replace_backend(backend: str, on_use: Callable[[str | None, str], None]) -> 
         setattr(dist, name, replaced)
 
 
-def never_synchronise() -> None:
-    """Every DistributedDataParallel made from here on is as inside ``no_sync()``: it reduces nothing.
+def on_wrap(wrapped: Callable[[Any], None], *, synchronise: bool) -> None:
+    """Calls ``wrapped(model)`` with each model for which a DistributedDataParallel has been made.
 
-    For one process: what fails then is the program's own arithmetic, not what DDP demands of it.
+    synchronise: with False it is as inside ``no_sync()`` for ever and reduces nothing. For one process: what
+    fails then is the program's own arithmetic, not what DDP demands of it.
     """
     from torch.nn.parallel import DistributedDataParallel
 
@@ -71,6 +72,7 @@ def never_synchronise() -> None:
     @functools.wraps(original)  # others look at its signature
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        self.require_backward_grad_sync = False
+        self.require_backward_grad_sync = synchronise
+        wrapped(self.module)
 
     DistributedDataParallel.__init__ = init  # type: ignore[method-assign]

@@ -54,8 +54,7 @@ def install(environ: Mapping[str, str], leave: Callable[[], None]) -> Study:
             leave()
 
     limits.after_steps(stepped)
-    if environ.get("GPUTRAIN_DDP_NO_SYNC"):
-        limits.never_synchronise()
+    limits.on_wrap(study.met, synchronise=not environ.get("GPUTRAIN_DDP_NO_SYNC"))
     if environ.get("GPUTRAIN_GRAD_DIGEST"):
         study.watch_gradients()
     return study
@@ -83,19 +82,20 @@ class Study:
 
     def stepped(self, optimizer: Any, number: int) -> None:
         """An optimizer step is over."""
-        if number == 1:
-            self._look_at_the_model(optimizer)
+        if number == 1 and "layers" not in self.facts and (model := _model_of(_held(optimizer))) is not None:
+            self.met(model)
         self.facts["steps"].append(time.time())
         # A file a step would cost a fast loop more than its step.
         if number <= 10 or time.monotonic() - self._written > WRITE_EVERY:
             self._write()
 
-    def _look_at_the_model(self, optimizer: Any) -> None:
+    def met(self, model: Any) -> None:
+        """A model is there: as soon as DDP wraps it, since it may never come to a step."""
         from pytest_gputrain.trace.rewiring import branches_of, longest_layer_list
 
-        if (model := _model_of(_held(optimizer))) is not None:
-            layers = longest_layer_list(inner_model(model))[1]
-            self.facts |= {"layers": len(layers), "branches": branches_of(model)}
+        layers = longest_layer_list(inner_model(model))[1]
+        self.facts |= {"layers": len(layers), "branches": branches_of(model)}
+        self._write()
 
     def stopped(self, number: int) -> None:
         """The rank leaves now, because it was to take so many steps."""

@@ -28,7 +28,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # Not torch's generator: checkpointing does not bring this number back when it recomputes.
-        scale = random.random() if self.noisy else 1.0
+        scale = torch.full_like(x, random.random() if self.noisy else 1.0)
         return x + scale * torch.tanh(self.linear(x))
 
 
