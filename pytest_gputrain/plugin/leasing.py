@@ -139,7 +139,7 @@ def _acquire(item: pytest.Item, planned: Plan) -> Lease | None:
     from pytest_gputrain.devices.lease_place import Request
     from pytest_gputrain.devices.leases import GpusOccupied, LeaseTimeout, acquire
 
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    worker: str = getattr(item.config, "workerinput", {}).get("workerid", "")
     who = item.nodeid + (f" ({worker})" if worker else "")
     request = Request(*planned, who, lease_order.expected(item))
     folder, deadline = folder_of(item.config), settings_of(item.config).lease_timeout
@@ -197,9 +197,10 @@ class _Narrator:
 
 
 def say(config: pytest.Config, line: str) -> None:
-    """Write a line for people between two tests. A worker's standard error is that of the session."""
+    """Write a line for people between two tests."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None:
+    if reporter is None or hasattr(config, "workerinput"):
+        # A worker's standard output goes nowhere; its standard error is that of the session.
         print(line, file=sys.__stderr__, flush=True)
         return
     reporter.ensure_newline()
