@@ -1,4 +1,4 @@
-"""Whole sessions with leases: workers that are killed in the middle of launches, and any number of workers."""
+"""Whole sessions with leases: workers killed in the middle of launches, and any number of workers."""
 
 from __future__ import annotations
 
@@ -49,13 +49,15 @@ def test_after(number): pass
 @pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_sigkill_of_a_worker_in_the_middle_of_a_launch(
-    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch, times: int
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     mark = uuid.uuid4().hex
     monkeypatch.setenv(MARK, mark)
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "8")
     pytester.makepyfile(KILLED.replace("{times}", str(times)))
-    result = run_child("-n", "2", f"--max-worker-restart={times + 5}", "--gputrain-lease-timeout=60")
+    plugins = [part for name in ("xdist", "pytest_gputrain") for part in ("-p", name)]
+    options = ["-n", "2", f"--max-worker-restart={times + 5}", "--gputrain-lease-timeout=120"]
+    result = pytester.runpytest_subprocess(*plugins, *options, timeout=280)
     result.assert_outcomes(passed=2, failed=times)  # each of them once, and the session went on
     assert len([line for line in result.outlines if "crashed while running" in line]) >= times
     assert wait_until(lambda: not marked(mark), 30), marked(mark)
@@ -116,7 +118,7 @@ def test_the_same_results_with_any_number_of_workers_in_any_order(
         for workers in ("0", "2", "4")
         for options in orders
     }
-    first = results["0",]
+    first = results[("0",)]
     assert len(first) == 38
     for how, found in results.items():
         assert found == first, how
