@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from pytest_gputrain.case import TrainingCase, pytree
-from pytest_gputrain.trace.rewiring import longest_layer_list
+from pytest_gputrain.trace.layers import layers_of
 
 BATCH_SIZE = 4  # samples a rank and step, as the checks take
 _SEED = 1234
@@ -71,7 +71,7 @@ def shard(model: Any) -> Any:
     """FSDP2, in the usual way: each layer by itself, then the rest."""
     from torch.distributed.fsdp import fully_shard
 
-    for layer in longest_layer_list(model)[1]:
+    for layer in layers_of(model):
         fully_shard(layer)
     return fully_shard(model)
 

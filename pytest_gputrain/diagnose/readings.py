@@ -37,8 +37,12 @@ def traces(folder: Path) -> dict[int, str]:
     return {rank: text for rank, text in found.items() if text}
 
 
-def missing(traced: dict[int, str]) -> tuple[Missing, ...]:
-    """Parameters that got no gradient, in the order in which they were first told."""
+def missing(traced: dict[int, str], finished: dict[int, int] | None = None) -> tuple[Missing, ...]:
+    """Parameters that got no gradient, in the order in which they were first told.
+
+    finished: how many steps each rank finished, where not all did. What a backward that broke off had not
+    yet reached is no parameter without a gradient.
+    """
     moments: set[tuple[int, int]] = set()
     seen: dict[str, set[tuple[int, int]]] = defaultdict(set)
     for rank, text in traced.items():
@@ -46,6 +50,8 @@ def missing(traced: dict[int, str]) -> tuple[Missing, ...]:
         for line in text.splitlines():
             if (match := _STEP.search(line)) is not None:
                 moment = (rank, int(match[1]))
+                if finished is not None and moment[1] > finished.get(rank, 0):
+                    break
                 moments.add(moment)
             elif line.startswith(_MISSING) and moment is not None:
                 seen[line.removeprefix(_MISSING).strip()].add(moment)

@@ -223,7 +223,8 @@ class Plan:
         self._branches = next((told["branches"] for told in facts.values() if told.get("branches")), [])
         told = (outcome.replaced_backend(facts), launched.shared_gpu)
         self._notes |= {note: None for note in told if note}
-        missing = readings.missing(readings.traces(folder))
+        steps = {rank: len(told.get("steps", ())) for rank, told in facts.items()}
+        missing = readings.missing(readings.traces(folder), None if launched.passed else steps)
         result = outcome.phase_result(
             phase, launched.verdict, launched.cause, facts, missing, seconds=launched.seconds
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pytest_gputrain.trace.names import canonical_name
+from pytest_gputrain.trace.layers import branched_modules, layer_list
 from pytest_gputrain.trace.sink import Sink
 from pytest_gputrain.trace.switches import (
     FIND_UNUSED,
@@ -62,30 +62,12 @@ class Rewiring:
             raise SwitchError(f"{name} is set, but no DistributedDataParallel was made; unset it")
 
 
-def longest_layer_list(model: Any) -> tuple[str, list[Any]]:
-    """(name, layers) of the longest list of modules of one class; ("", []) if there is none.
-
-    ``nn.ModuleList`` first; a ``Sequential`` counts where the model has no list.
-    """
-    from torch import nn
-
-    for container in (nn.ModuleList, nn.Sequential):
-        lists = [
-            (canonical_name(name), list(module))
-            for name, module in model.named_modules()
-            if isinstance(module, container) and len({type(layer) for layer in module}) == 1
-        ]
-        if lists:
-            return max(lists, key=lambda found: len(found[1]))
-    return "", []
-
-
 def checkpoint_layers(model: Any, layers: tuple[int | None, int | None]) -> str | None:
     """Switches activation checkpointing on for a range of the model's layers, and says which.
 
     None where the model has no list of layers. Raises SwitchError when the range leaves it.
     """
-    name, found = longest_layer_list(model)
+    name, found = layer_list(model)
     if not found:
         return None
     start, end = layers[0] or 0, len(found) if layers[1] is None else layers[1]
@@ -123,27 +105,12 @@ def force_branch(model: Any, branch: str) -> str | None:
 
     None where the model has no such module. Raises SwitchError for a branch that they do not have.
     """
-    branched = [
-        (canonical_name(name) or type(model).__name__, module)
-        for name, module in model.named_modules()
-        if callable(getattr(type(module), "force_branch", None))
-    ]
-    for name, module in branched:
+    branched = branched_modules(model)
+    for name, module in branched.items():
         legal = [str(known) for known in getattr(module, "branches", [branch])]
         if branch not in legal:
             raise SwitchError(f"{FORCE_BRANCH}={branch!r}: {name} has the branches {', '.join(legal)}")
         module.force_branch(branch)
     if not branched:
         return None
-    return f"[BRANCH] {branch} alone in {', '.join(name for name, _ in branched)}"
-
-
-def branches_of(model: Any) -> list[str]:
-    """The names that the model's branched modules declare."""
-    declared = [
-        str(name)
-        for module in model.modules()
-        if callable(getattr(type(module), "force_branch", None))
-        for name in getattr(module, "branches", ())
-    ]
-    return list(dict.fromkeys(declared))
+    return f"[BRANCH] {branch} alone in {', '.join(branched)}"

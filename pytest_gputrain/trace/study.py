@@ -91,10 +91,9 @@ class Study:
 
     def met(self, model: Any) -> None:
         """A model is there: as soon as DDP wraps it, since it may never come to a step."""
-        from pytest_gputrain.trace.rewiring import branches_of, longest_layer_list
+        from pytest_gputrain.trace.layers import branches_of, layers_of
 
-        layers = longest_layer_list(inner_model(model))[1]
-        self.facts |= {"layers": len(layers), "branches": branches_of(model)}
+        self.facts |= {"layers": len(layers_of(inner_model(model))), "branches": branches_of(model)}
         self._write()
 
     def stopped(self, number: int) -> None:

@@ -164,6 +164,9 @@ def test_missing_parameters_and_buckets_are_read_from_the_traces(tmp_path: Path)
     always, once = readings.missing(traced)
     assert always == Missing("blocks.4.attn.gate_mlp.weight", (0, 1), (1, 2), True)
     assert once == Missing("head", (0, 1), (1,), False)
+    assert readings.missing(traced, {0: 1, 1: 0}) == (
+        Missing("blocks.4.attn.gate_mlp.weight", (0,), (1,), True), Missing("head", (0,), (1,), True)
+    )  # fmt: skip
     assert (always.owner, once.owner) == ("blocks.4.attn.gate_mlp", "the model itself")
     assert readings.buckets(traced) == [
         f"[DDP] rank={r} bucket_elems=1024 dtype=torch.float32" for r in (0, 1)
