@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pytest_gputrain.cli import check, diagnose
+from pytest_gputrain.cli import check, diagnose, doctor
 from pytest_gputrain.cli.arguments import EXIT_INTERRUPTED, EXIT_USAGE, Parser, UsageError
 
 # Each has `declare(commands)`, which adds its parser with `run` as a default: options -> exit code.
-_SUBCOMMANDS = (check, diagnose)
+_SUBCOMMANDS = (check, diagnose, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
