@@ -19,7 +19,6 @@ _SAME_SIZES = frozenset(
 )
 """Operations whose input has the same size on every rank; the others may legally differ."""
 _P2P = frozenset({"send", "recv", "isend", "irecv", "batch_isend_irecv"})
-SHORT_TIMEOUT = 30.0
 
 
 class Call(NamedTuple):
@@ -89,8 +88,19 @@ class Scene:
         """What it has entered and not finished; several where calls are asynchronous."""
         return [call for call in self.calls if call.waiting and call.seq is not None]
 
+    def last_message(self) -> Call | None:
+        """The point-to-point call in which it waits, where its record says to or from whom."""
+        if self.waits_in not in _P2P:
+            return None
+        return next((call for call in reversed(self.calls) if call.seq is None), None)
+
     def waited(self) -> Call | None:
-        """What its main thread waits for: the pending call of that line, else the oldest; None if unknown."""
+        """What its main thread waits for: the pending call of that line, else the oldest; None if unknown.
+
+        For a rank whose wait was cut off by an exception, the last call of the line that raised it.
+        """
+        if self.state == "raised" and self.calls and self.calls[-1].location == self.location:
+            return self.calls[-1] if self.calls[-1].seq is not None else None
         pending = self.pending() if self.blocked and self.waits_in not in _P2P else []
         here = [call for call in pending if call.location == self.location]
         return next(iter(here or pending), None)
@@ -153,8 +163,7 @@ def _may_come(rank: int, helpless: set[int], scenes: Mapping[int, Scene]) -> boo
 def _may_be_met(scene: Scene, helpless: set[int], scenes: Mapping[int, Scene]) -> bool:
     """For a wait that no collective explains: a message, a store, the making of a group."""
     others = [rank for rank in scenes if rank != scene.rank]
-    last = next((call for call in reversed(scene.calls) if call.seq is None), None)
-    if scene.waits_in in _P2P and last is not None and set(last.ranks) <= set(scenes):
+    if (last := scene.last_message()) is not None and set(last.ranks) <= set(scenes):
         others = [rank for rank in last.ranks if rank != scene.rank]
     return any(rank not in helpless for rank in others)
 

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ..devices.visible import VARIABLE
-from ..trace import stackdumps
-from . import client, output, payload, request, scene, sweep
+from . import client, payload, request, sweep
+from .conclude import concluded
 from .errors import LaunchError, LaunchUsageError, ServerLost
 from .member import Member
 from .records import Cause, Verdict
 from .request import LaunchDefaults
 from .result import LaunchResult
 from .supervise import Supervision
-from .verdict import Ending, judge
 
 _numbers = itertools.count()
 
@@ -232,35 +231,7 @@ def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: P
         else:  # KeyboardInterrupt, a timeout's exception, a dead server
             server.close()
             sweep.kill_marked(spec["environ"][sweep.MARK])
-    return _concluded(supervision, spec["kind"], ending, seconds, folder)
-
-
-def _concluded(
-    supervision: Supervision, kind: str, ending: Ending, seconds: float, folder: Path
-) -> LaunchResult:
-    """The result of a launch of which nothing runs any more."""
-    members = supervision.members
-    failures = [member.failed_at for member in members if member.failed_at is not None]
-    # Only torchrun ends workers by itself, after the first of them has failed.
-    first = min(failures, default=math.inf) if kind == "script" else math.inf
-    ranks = [member.result(folder, supervision.began, ended_after=first) for member in members]
-    ranks.sort(key=lambda rank: rank.rank)
-    for rank in ranks:
-        stackdumps.settle(folder / f"rank{rank.rank}", rank.rank)
-    verdict, cause = judge(ranks, ending, seconds=seconds)
-    scene.keep(members, folder, passed=verdict is Verdict.PASSED)
-    agent_output = output.read(folder / "agent0" / "stderr.log")
-    if supervision.failed_agents and not any(member.failed for member in members):
-        verdict, cause = Verdict.CRASHED, _agent_failed(supervision.failed_agents[0], agent_output)
-    return LaunchResult(verdict, cause, ranks, folder, seconds, supervision.leftovers, agent_output)
-
-
-def _agent_failed(agent: dict[str, Any], text: str) -> Cause:
-    """torchrun failed and none of its ranks did: it was killed, or its rendezvous did not come about."""
-    if agent["signal"]:
-        return Cause(None, "signal", f"torchrun was killed by {agent['signal']}")
-    last = (text.strip().splitlines() or ["no output"])[-1]
-    return Cause(None, "torchrun", f"torchrun left with exit code {agent['exit_code']}: {last}")
+    return concluded(supervision, spec["kind"], ending, seconds, folder)
 
 
 launch = Launcher()

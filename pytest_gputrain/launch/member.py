@@ -32,6 +32,8 @@ class Member:
         self.waiting_at: str | None = None
         self.waits_in: str | None = None
         self.in_collective = False
+        self.at_own_line = False
+        self.waits_in_vain = False
         self.records: list[dict[str, Any]] = []
         self._used, self._size = 0.0, 0
         self._since = float("-inf")
@@ -49,6 +51,13 @@ class Member:
     def exited(self, header: dict[str, Any]) -> None:
         """The rank's process is gone."""
         self.exit = header
+
+    @property
+    def location(self) -> str | None:
+        """The user's line at which the rank is, or was when it returned or raised."""
+        if self.report is None:
+            return self.waiting_at
+        return (self.report.get("error") or self.report).get("location")
 
     @property
     def settled(self) -> bool:
@@ -75,7 +84,8 @@ class Member:
 
     def observe(self, now: float, used: float, size: int) -> None:
         """Takes a sample of CPU seconds used and bytes printed so far."""
-        if abs(used - self._used) >= _MOVED_SECONDS or size != self._size:
+        worked = abs(used - self._used) >= _MOVED_SECONDS and not self.waits_in_vain
+        if worked or size != self._size:
             self.last_moved = self._since = now
             self._used, self._size = used, size
         elif now - self._since > 1.0:

@@ -140,10 +140,11 @@ def run_function(
         target, args, kwargs = payload.unpack_call(call)
         _join_group(spec, rank, listen_fd)
         with tracing(spec, rank):
-            value = target(*args, **kwargs)
+            value, location = recorder.called(target, args, kwargs)
         body = _pack(value, rank)
         _flush()
-        link.report("passed", body, imported=_imported_since(known) if rank == 0 else [])
+        imported = _imported_since(known) if rank == 0 else []
+        link.report("passed", body, imported=imported, location=location)
     except BaseException as error:  # SystemExit and pytest's outcomes are BaseExceptions
         _flush()
         state, details = describe(error)

@@ -117,6 +117,34 @@ def _record() -> None:
         del os.environ[name]
 
 
+def called(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """(what the user's function returned, the line at which it did): a hang may be that it came there.
+
+    The interpreter tells of the first call alone, and the frame lets go of its variables at once.
+    """
+    frames: list[Any] = []
+    before = sys.getprofile()
+
+    def first(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            sys.setprofile(before)
+            frames.append(frame)
+
+    sys.setprofile(first)
+    try:
+        value = target(*args, **kwargs)
+    finally:
+        if not frames:
+            sys.setprofile(before)
+    if not frames:
+        return value, None
+    frame = frames.pop()
+    location = stacks.Frame(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+    with contextlib.suppress(RuntimeError):  # a generator's frame goes on
+        frame.clear()
+    return value, str(location) if stacks.is_users(location.file) else None
+
+
 def _serve(listener: socket.socket) -> None:
     with listener:
         while True:

@@ -105,6 +105,7 @@ class RankResult:
     ``stdout`` and ``stderr`` hold at most the first and last 128 KiB; the files are under
     ``LaunchResult.artifacts``. ``stacks`` is filled for ranks that were still running at the end.
     ``attached`` is what whoever ran the function on the rank attached to its exception.
+    ``fate`` says in a line what the rank waits for or how far it came, where a hang was looked into.
     """
 
     rank: int
@@ -119,6 +120,7 @@ class RankResult:
     waiting_at: str | None = None
     in_collective: bool = False
     moving: bool = False
+    fate: str = ""
     pid: int | None = None
     seconds: float = 0.0
     leftovers: list[str] = field(default_factory=list)

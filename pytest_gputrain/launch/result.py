@@ -43,6 +43,7 @@ class LaunchResult:
     seconds: float
     leftovers: list[str] = field(default_factory=list)
     agent_output: str = ""
+    advice: str = ""
     shared_gpu: str | None = None
 
     def own_folder(self) -> None:
@@ -75,10 +76,10 @@ class LaunchResult:
         if self.verdict is Verdict.SKIPPED:
             return f"SKIPPED: {self.cause}"
         lines = [f"{self.verdict} after {self.seconds:.1f} s: {self.cause}"]
-        if self.cause is not None and (advice := _LIKELY.get(self._symptom(self.cause))):
+        lines += [f"  {line}" for line in self._others()]
+        if self.cause is not None and (advice := self.advice or _LIKELY.get(self._symptom(self.cause))):
             lines.append(f"  likely: {advice}")
         lines += [f"  {self.shared_gpu}"] if self.shared_gpu else []
-        lines += [f"  {line}" for line in self._others()]
         lines += self._traceback()
         lines += self._outputs() if printed else []
         if self.leftovers:
@@ -142,6 +143,8 @@ def _without_traceback(text: str, rank: RankResult) -> str:
 
 def fate(rank: RankResult) -> str:
     """What became of a rank that is not the cause, in one line."""
+    if rank.fate and rank.state in ("passed", "ended"):
+        return rank.fate
     if rank.state == "passed":
         return "finished"
     if rank.state == "skipped":
@@ -155,7 +158,8 @@ def fate(rank: RankResult) -> str:
     if rank.error is not None:
         where = f"   at {rank.error.location}" if rank.error.location else ""
         as_a = "as a consequence, " if rank.error.is_victim else ""
-        return f"{as_a}raised {rank.error.headline}{where}"
+        doing = f" {rank.fate}" if rank.fate else ""
+        return f"{as_a}raised {rank.error.headline}{doing}{where}"
     where = f" at {rank.waiting_at}" if rank.waiting_at else ""
     did = "waited in a collective" if rank.in_collective else "was still running"
     return f"{did}{where}; ended by the launch"

@@ -10,6 +10,7 @@ import contextlib
 import json
 import linecache
 import os
+import re
 import selectors
 import socket
 import time
@@ -24,6 +25,8 @@ from .member import Member
 ANSWER_WITHIN = 1.0
 """Seconds for all answers together; a rank answers within milliseconds unless the machine is overloaded."""
 RECORDS = "collectives.json"
+_ASKS_FOR_A_RESULT = re.compile(r"\.(wait|result|synchronize|item|cpu|tolist)\(")
+"""The user's line, with no Python frame above it, on which a rank waits for an asynchronous collective."""
 Records = list[dict[str, Any]]
 
 
@@ -111,19 +114,22 @@ def scenes(members: Sequence[Member], folder: Path, mark: str) -> dict[int, Scen
     found = {}
     for member in members:
         ring = read_ring(folder / f"rank{member.rank}" / calls.FILE)
-        waits = member.in_collective or (member.exit is not None and member.report is None)
-        records, complete = records_of(answers.get(member.rank), ring, waits=waits)
-        member.records = records
+        source = source_of(member.location)
+        asks = member.at_own_line and _ASKS_FOR_A_RESULT.search(source) is not None
+        waits = member.in_collective or asks or (member.exit is not None and member.report is None)
+        member.records, complete = records_of(answers.get(member.rank), ring, waits=waits)
         found[member.rank] = Scene(
             member.rank,
             _state(member),
-            member.in_collective and not member.settled,
-            member.waiting_at,
-            source_of(member.waiting_at),
+            waits and not member.settled,
+            member.location,
+            source,
             member.waits_in,
-            from_json(records),
+            from_json(member.records),
             complete,
         )
+        if asks and ring and ring[-1]["seq"] is None and not found[member.rank].pending():
+            found[member.rank].waits_in = ring[-1]["op"]
     return found
 
 

@@ -26,7 +26,7 @@ _COLLECTIVE = re.compile(
 )
 
 
-_RECORDER = _PACKAGE + "/launch/recorder.py"
+_ANSWERING = re.compile(re.escape(_PACKAGE) + r'/launch/recorder\.py", line \d+ in _serve')
 _WRAPPERS = ("wrapper", "inner", "_wrapped_call_impl", "_call_impl", "decorate_context", "_fn")
 _WAITING_FILES = ("/threading.py", "/queue.py", "/selectors.py")
 
@@ -85,7 +85,7 @@ def side_thread_works(dump: str) -> bool:
 def without_recorder(dump: str) -> str:
     """A dump without the thread that answers for a rank: it is nobody's concern."""
     blocks = dump.split("\n\n")
-    return "\n\n".join(block for block in blocks if f'File "{_RECORDER}"' not in block)
+    return "\n\n".join(block for block in blocks if not _ANSWERING.search(block))
 
 
 def last_dump(dump: str) -> str:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import observe, wire
+from . import blame, observe, wire
 from .client import ServerHandle
 from .errors import ServerLost
 from .lookout import Lookout
@@ -46,6 +46,7 @@ class Supervision:
         self.began = self._last_news = self._last_sample = time.monotonic()
         self._forked = False
         self.lookout = Lookout(members, spec, folder)
+        self.slow = ""
 
     # -- start and end ------------------------------------------------------------------------------
 
@@ -254,11 +255,13 @@ class Supervision:
             self.lookout.look()
         if ending != "deadline":
             return
+        vain = blame.waits_in_vain(self.lookout.scenes)
         recent = min(1.0, self._spec["timeout"] / 2)
         for member in running:
-            member.moving = time.monotonic() - member.last_moved < recent
+            member.moving = time.monotonic() - member.last_moved < recent and member.rank not in vain
+            member.waits_in_vain = member.rank in vain
             member.settle_down()
-        self._receive_until(lambda: False, 2 * SAMPLE_EVERY)
+        self.slow = observe.most_time([member for member in running if member.moving], self._folder)
         self._last_sample = 0.0
         began = time.monotonic() - SAMPLE_EVERY
         self._sample()

@@ -12,7 +12,7 @@ The rules, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from .records import Cause, RankResult, Verdict
@@ -22,14 +22,31 @@ Ending = Literal["complete", "failure", "deadline", "stalled", "deserted", "dead
 for ``stall`` seconds, ranks wait in a collective for one that has finished, or all ranks wait."""
 
 
-def judge(ranks: Sequence[RankResult], ending: Ending, *, seconds: float) -> tuple[Verdict, Cause | None]:
-    """The verdict of a launch, and the first thing that went wrong (None when PASSED)."""
+def judge(
+    ranks: Sequence[RankResult],
+    ending: Ending,
+    *,
+    seconds: float,
+    found: Cause | None = None,
+    waiting_for: Mapping[int, str] | None = None,
+) -> tuple[Verdict, Cause | None]:
+    """The verdict of a launch, and the first thing that went wrong (None when PASSED).
+
+    ``found`` is what the ranks' collectives say about a hang or a desync; ``waiting_for`` who is held up by a
+    rank that is slow.
+    """
     if ranks and ending == "complete":
         if all(rank.state == "passed" for rank in ranks):
             return Verdict.PASSED, None
         if all(rank.state == "skipped" for rank in ranks):
             return Verdict.SKIPPED, _skipped(ranks[0])
-    return _failed(ranks) or _echoes(ranks) or _stuck(ranks, ending, seconds) or _mixed(ranks)
+    return (
+        _failed(ranks, found)
+        or _echoes(ranks, found)
+        or _slow(ranks, ending, seconds, waiting_for or {})
+        or _stuck(ranks, found)
+        or _mixed(ranks)
+    )
 
 
 def _skipped(rank: RankResult) -> Cause:
@@ -37,14 +54,14 @@ def _skipped(rank: RankResult) -> Cause:
     return Cause(None, "skip", reason or "every rank skipped", rank.error.location if rank.error else None)
 
 
-def _failed(ranks: Sequence[RankResult]) -> tuple[Verdict, Cause] | None:
+def _failed(ranks: Sequence[RankResult], found: Cause | None) -> tuple[Verdict, Cause] | None:
     """The earliest rank that died without a report or raised an error of its own."""
     culprits = [rank for rank in ranks if rank.state == "crashed" or _own_error(rank)]
     if not culprits:
         return None
     first = min(culprits, key=lambda rank: (rank.seconds, rank.rank))
     if first.state == "crashed":
-        return Verdict.CRASHED, _crash(first)
+        return Verdict.CRASHED, _crash(first, found)
     if first.error is None:
         return Verdict.FAILED, Cause(first.rank, "exception", f"rank {first.rank} failed and did not say how")
     kind = "exit" if first.error.type == "SystemExit" else "exception"
@@ -59,7 +76,13 @@ def _own_error(rank: RankResult) -> bool:
     return rank.state == "failed" and not (error and (error.is_victim or error.is_wait_timeout))
 
 
-def _crash(rank: RankResult) -> Cause:
+def _crash(rank: RankResult, found: Cause | None) -> Cause:
+    if rank.signal == "SIGABRT" and found is not None and found.kind in ("mismatch", "order"):
+        # gloo aborts, in a thread of its own, on whichever side notices: not the one that is wrong.
+        culprit = rank.rank if found.rank is None else found.rank
+        text = f"rank {rank.rank} was killed by SIGABRT: {found.message}"
+        text = text.replace(f": rank {rank.rank} called", ": it called")
+        return Cause(culprit, found.kind, text, found.location)
     if rank.signal:
         return Cause(rank.rank, "signal", f"rank {rank.rank} was killed by {rank.signal}", rank.waiting_at)
     if rank.exit_code is None:
@@ -71,7 +94,7 @@ def _crash(rank: RankResult) -> Cause:
     return Cause(rank.rank, "exit", message, rank.waiting_at)
 
 
-def _echoes(ranks: Sequence[RankResult]) -> tuple[Verdict, Cause] | None:
+def _echoes(ranks: Sequence[RankResult], found: Cause | None) -> tuple[Verdict, Cause] | None:
     """Ranks failed, but only because another one was not there for them."""
     victims = [rank for rank in ranks if rank.state == "failed"]
     if not victims:
@@ -79,6 +102,8 @@ def _echoes(ranks: Sequence[RankResult]) -> tuple[Verdict, Cause] | None:
     first = min(victims, key=lambda rank: (rank.seconds, rank.rank))
     assert first.error is not None
     verdict = Verdict.HUNG if first.error.is_wait_timeout else Verdict.FAILED
+    if found is not None:
+        return verdict, found
     gone = [rank for rank in ranks if rank.state in ("passed", "skipped") and rank.seconds <= first.seconds]
     if gone:
         return verdict, _left(
@@ -103,18 +128,28 @@ def _left(gone: Sequence[RankResult], others: str, at: str | None) -> Cause:
     return Cause(left.rank, "left", f"rank {left.rank} {did} while {others}", at)
 
 
-def _stuck(ranks: Sequence[RankResult], ending: Ending, seconds: float) -> tuple[Verdict, Cause] | None:
+def _slow(
+    ranks: Sequence[RankResult], ending: Ending, seconds: float, waiting_for: Mapping[int, str]
+) -> tuple[Verdict, Cause] | None:
+    """The deadline came, and something still moved."""
+    moving = [rank for rank in ranks if rank.state == "ended" and rank.moving]
+    if ending != "deadline" or not moving:
+        return None
+    # Of several, the one that is not in a collective holds the others up.
+    slow = next((rank for rank in moving if not rank.in_collective), moving[0])
+    message = f"rank {slow.rank} was still running after {seconds:.1f} s{waiting_for.get(slow.rank, '')}"
+    return Verdict.TIMED_OUT, Cause(slow.rank, "slow", message, slow.waiting_at)
+
+
+def _stuck(ranks: Sequence[RankResult], found: Cause | None) -> tuple[Verdict, Cause] | None:
     running = [rank for rank in ranks if rank.state == "ended"]
     if not running:
         return None
+    if found is not None:
+        return Verdict.HUNG, found
     waiting = [rank for rank in running if rank.in_collective]
     elsewhere = [rank for rank in running if not rank.in_collective]
     gone = [rank for rank in ranks if rank.state in ("passed", "skipped")]
-    if ending == "deadline" and any(rank.moving for rank in running):
-        # Of several, the one that is not in a collective holds the others up.
-        slow = next((rank for rank in elsewhere if rank.moving), None) or next(r for r in running if r.moving)
-        message = f"rank {slow.rank} was still running after {seconds:.1f} s"
-        return Verdict.TIMED_OUT, Cause(slow.rank, "slow", message, slow.waiting_at)
     if gone and waiting and not elsewhere:
         first = waiting[0]
         return Verdict.HUNG, _left(gone, f"rank {first.rank} waits for it in a collective", first.waiting_at)

@@ -1,0 +1,195 @@
+"""From what every rank has entered to who did it, in words. Pure, like ``deadlock.py``.
+
+In this order: ranks that called different things under the same number; a rank that never came to what others
+wait in; ranks that wait for each other. With two ranks nobody can tell which one is wrong: both sides are
+said. With more, the odd one out is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from . import likely
+from .deadlock import Call, Entries, Scene
+from .output import rank_list
+from .records import Cause
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The cause, and what is likely behind it."""
+
+    cause: Cause
+    advice: str = ""
+
+
+def explain(scenes: Mapping[int, Scene]) -> Finding | None:
+    """What holds a launch up; None where the ranks' records and stacks do not tell."""
+    entries = Entries(scenes)
+    found = desync(scenes, entries) or _absent(scenes, entries) or _silent(scenes) or _circle(scenes, entries)
+    if found is None:
+        return None
+    cause, advice = found
+    return Finding(cause, advice)
+
+
+def desync(scenes: Mapping[int, Scene], entries: Entries | None = None) -> tuple[Cause, str] | None:
+    """The first collective that was not the same on all of its ranks, whether or not it got through."""
+    entries = entries or Entries(scenes)
+    wrong = [key for key, calls in entries.by_key.items() if len({c.shape for c in calls.values()}) > 1]
+    if not wrong:
+        return None
+    calls = entries.by_key[min(wrong, key=lambda key: key[2])]
+    sides: dict[object, list[int]] = {}
+    for rank, call in sorted(calls.items()):
+        sides.setdefault(call.shape, []).append(rank)
+    many, *few = sorted(sides.values(), key=len, reverse=True)
+    odd = few[0]
+    usual, other = calls[many[0]], calls[odd[0]]
+    known = len(many) * 2 > len(calls)  # two ranks accuse each other
+    if other.op == usual.op:
+        text = f"{rank_list(odd)} called {other.name()} with {other.tensors()} where {rank_list(many)} had "
+        cause = Cause(odd[0] if known else None, "mismatch", text + usual.tensors(), other.location)
+        return cause, likely.MISMATCH
+    text = f"{rank_list(odd)} called {other} where {rank_list(many)} called {usual}"
+    if usual.location:
+        text += f" at {usual.location}"
+    cause = Cause(odd[0] if known else None, "order", text, other.location)
+    return cause, likely.of_order(scenes[odd[0]].calls, scenes[many[0]].calls, other, usual)
+
+
+def _absent(scenes: Mapping[int, Scene], entries: Entries) -> tuple[Cause, str] | None:
+    """Ranks wait in a collective that a rank never came to, which itself waits for nobody."""
+    for call, here in _waits(scenes):
+        missing = entries.missing(call)
+        roots = [rank for rank in missing if rank in scenes and not scenes[rank].blocked]
+        if not roots:
+            continue
+        # One that is still at work explains more than one that has ended: it may have left without it.
+        root = min(roots, key=lambda rank: (scenes[rank].state != "running", rank))
+        advice = likely.of_absence(scenes, call, here[0], root)
+        over = all(rank in scenes and scenes[rank].state != "running" for rank in missing)
+        if over and len(call.ranks) > 2 and len(here) < len(missing):
+            text = f"only {rank_list(here)} called {call}; {rank_list(missing)} never did and ended"
+            return Cause(here[0], "alone", text, call.location), advice
+        others = [rank for rank in roots if scenes[rank].state == scenes[root].state]
+        text = f"{rank_list(others)} never reached {call}; {_doing(scenes[root], len(others))}"
+        if scenes[root].location is None:
+            text += f"; {rank_list(here)} {'waits' if len(here) == 1 else 'wait'} in it"
+            return Cause(root, _kind(scenes[root]), text, call.location), advice
+        return Cause(root, _kind(scenes[root]), text, scenes[root].location), advice
+    return None
+
+
+def _waits(scenes: Mapping[int, Scene]) -> list[tuple[Call, list[int]]]:
+    """What ranks wait in, with those ranks; the earliest of a group first."""
+    found: dict[object, tuple[Call, list[int]]] = {}
+    for rank, scene in sorted(scenes.items()):
+        if (call := scene.waited()) is not None:
+            found.setdefault(call.key, (call, []))[1].append(rank)
+    return sorted(found.values(), key=lambda wait: wait[0].seq or 0)
+
+
+def _silent(scenes: Mapping[int, Scene]) -> tuple[Cause, str] | None:
+    """Ranks wait for a message, a store or a group that a rank which waits for nobody never came to."""
+    for rank, scene in sorted(scenes.items()):
+        if not scene.blocked or scene.waited() is not None or scene.waits_in is None:
+            continue
+        last = scene.last_message()
+        peers = [peer for peer in (last.ranks if last else scenes) if peer != rank and peer in scenes]
+        roots = [peer for peer in peers if not scenes[peer].blocked]
+        if not roots:
+            continue
+        what = last.name() if last else scene.waits_in
+        text = f"{rank_list(roots)} never answered {what} of rank {rank}"
+        if not last:
+            text = f"{rank_list(roots)} never reached {what}, in which rank {rank} waits"
+        text = f"{text}; {_doing(scenes[roots[0]], len(roots))}"
+        where = scenes[roots[0]].location or scene.location
+        return Cause(roots[0], _kind(scenes[roots[0]]), text, where), likely.of_wait(scene.waits_in)
+    return None
+
+
+def _circle(scenes: Mapping[int, Scene], entries: Entries) -> tuple[Cause, str] | None:
+    """Every rank that is waited for waits itself."""
+    blocked = {rank: scene for rank, scene in scenes.items() if scene.blocked and _goal(scene)}
+    goals: dict[str, list[int]] = {}
+    for rank, scene in sorted(blocked.items()):
+        goals.setdefault(_goal(scene), []).append(rank)
+    if len(blocked) < 2:
+        return None
+    many, *few = sorted(goals.values(), key=len, reverse=True)
+    known = bool(few) and len(many) * 2 > len(blocked)
+    parts = [f"{rank_list(ranks)} in {_goal_text(scenes[ranks[0]])}" for ranks in (*few[:3], many)]
+    text = f"ranks wait for each other: {', '.join(parts)}"
+    first = few[0][0] if few else many[0]
+    calls = [call for scene in blocked.values() if (call := scene.waited())]
+    several = len({call.group for call in calls}) > 1
+    kind, advice = ("groups", likely.GROUPS) if several else ("deadlock", likely.DEADLOCK)
+    if not few and calls and not any(entries.missing(call) for call in calls):
+        return None  # all are in the same collective: a slow network, or a wire that lost it
+    return Cause(first if known else None, kind, text, scenes[first].location), advice
+
+
+def _goal(scene: Scene) -> str:
+    call = scene.waited()
+    return str(call) if call else scene.waits_in or ""
+
+
+def _goal_text(scene: Scene) -> str:
+    return f"{_goal(scene)} at {scene.location}" if scene.location else _goal(scene)
+
+
+def _kind(scene: Scene) -> str:
+    return "stuck" if scene.state == "running" else "left"
+
+
+def _doing(scene: Scene, count: int) -> str:
+    it = "it" if count == 1 else "they"
+    return f"{it} {_did(scene, count)}"
+
+
+def _did(scene: Scene, count: int = 1) -> str:
+    if scene.state == "returned":
+        return "returned from the function" if scene.location else "finished"
+    if scene.state == "raised":
+        return "raised an exception"
+    if scene.state == "gone":
+        return "ended without a report"
+    verb = "is" if count == 1 else "are"
+    return f"{verb} still in Python" if scene.location else f"{verb} still running"
+
+
+def fate(scene: Scene) -> str:
+    """``waits in all_reduce #7 (128 x float32)   train.py:57 in step  loss.backward()  [in backward]``"""
+    call = scene.waited()
+    if scene.state == "raised":
+        return f"in {call}" if call else ""
+    count = sum(other.seq is not None for other in scene.calls)
+    if scene.blocked:
+        did = f"waits in {call or scene.waits_in or 'torch'}"
+    elif scene.state == "running":
+        did = f"is in Python after {count} collectives"
+    else:
+        did = f"{_did(scene)} after {count} collectives"
+    parts = [did, scene.location or "", scene.source]
+    text = "   ".join(part for part in parts if part)
+    return f"{text}   [{call.note}]" if call and call.note else text
+
+
+def waits_for(scenes: Mapping[int, Scene], rank: int) -> str:
+    """``; rank 0 waits for it in all_reduce #7 (…) at …``: who is held up by a rank; empty for nobody."""
+    entries = Entries(scenes)
+    for call, here in _waits(scenes):
+        if rank in entries.missing(call):
+            verb = "waits" if len(here) == 1 else "wait"
+            where = f" at {call.location}" if call.location else ""
+            return f"; {rank_list(here)} {verb} for it in {call}{where}"
+    return ""
+
+
+def waits_in_vain(scenes: Mapping[int, Scene]) -> set[int]:
+    """Ranks that wait in what not everybody has entered: CPU that they use meanwhile is no progress."""
+    entries = Entries(scenes)
+    return {rank for call, here in _waits(scenes) if entries.missing(call) for rank in here}

@@ -1,0 +1,57 @@
+"""From a launch of which nothing runs any more to its result."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from ..trace import stackdumps
+from . import blame, output, scene
+from .records import Cause, Verdict
+from .result import LaunchResult
+from .supervise import Supervision
+from .verdict import Ending, judge
+
+
+def concluded(
+    supervision: Supervision, kind: str, ending: Ending, seconds: float, folder: Path
+) -> LaunchResult:
+    """The ranks, the verdict and its cause, and what is likely behind it."""
+    members = supervision.members
+    failures = [member.failed_at for member in members if member.failed_at is not None]
+    # Only torchrun ends workers by itself, after the first of them has failed.
+    first = min(failures, default=math.inf) if kind == "script" else math.inf
+    ranks = [member.result(folder, supervision.began, ended_after=first) for member in members]
+    ranks.sort(key=lambda rank: rank.rank)
+    for rank in ranks:
+        stackdumps.settle(folder / f"rank{rank.rank}", rank.rank)
+    scenes = supervision.lookout.scenes
+    found = blame.explain(scenes) if ending != "complete" else None
+    verdict, cause = judge(
+        ranks,
+        ending,
+        seconds=seconds,
+        found=found.cause if found else None,
+        waiting_for={rank: blame.waits_for(scenes, rank) for rank in scenes} if scenes else {},
+    )
+    advice = supervision.slow if verdict is Verdict.TIMED_OUT else ""
+    if found is not None and cause is not None and cause.kind == found.cause.kind:
+        advice = found.advice
+    for rank in ranks:
+        rank.fate = blame.fate(scenes[rank.rank]) if rank.rank in scenes else ""
+    scene.keep(members, folder, passed=verdict is Verdict.PASSED)
+    agent_output = output.read(folder / "agent0" / "stderr.log")
+    if supervision.failed_agents and not any(member.failed for member in members):
+        verdict, cause = Verdict.CRASHED, _agent_failed(supervision.failed_agents[0], agent_output)
+    return LaunchResult(
+        verdict, cause, ranks, folder, seconds, supervision.leftovers, agent_output, advice=advice
+    )
+
+
+def _agent_failed(agent: dict[str, Any], text: str) -> Cause:
+    """torchrun failed and none of its ranks did: it was killed, or its rendezvous did not come about."""
+    if agent["signal"]:
+        return Cause(None, "signal", f"torchrun was killed by {agent['signal']}")
+    last = (text.strip().splitlines() or ["no output"])[-1]
+    return Cause(None, "torchrun", f"torchrun left with exit code {agent['exit_code']}: {last}")

@@ -1,0 +1,92 @@
+"""What is usually behind a hang, by the calls of the ranks. Said as likely, since not proved. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .deadlock import Call, Scene
+
+MISMATCH = (
+    "tensors whose size or dtype differs between the ranks (a last batch that is smaller, a model built by "
+    "rank); make them alike, or exchange the sizes first"
+)
+GROUPS = "ranks enter the collectives of two groups in opposite order; enter them in one order on all ranks"
+DEADLOCK = (
+    "ranks entered different collectives, or the same ones in a different order: look for a condition that "
+    "differs between the ranks"
+)
+_ORDER = "the ranks call the same collectives in a different order; call them in one order on all ranks"
+_WAITS = {
+    "new_group": "new_group (and DeviceMesh) must be called by every rank, also by those not in the group",
+    "init_process_group": "every rank has to call it: check WORLD_SIZE and the conditions around it",
+    "recv": "a send that is missing, or ranks that both receive first",
+    "send": "a recv that is missing, or ranks that both send first",
+}
+
+
+def of_order(mine: Sequence[Call], theirs: Sequence[Call], call: Call, other: Call) -> str:
+    """For two calls that met under one number: ``call`` among ``mine``, ``other`` among ``theirs``."""
+    own, foreign = ({c.location for c in calls} for calls in (mine, theirs))
+    shared, only = call.location in foreign, other
+    if other.location in own:
+        if shared:
+            return _ORDER + _parting(mine, theirs)
+        only = call
+    elif not shared:
+        return DEADLOCK  # neither line has been seen on the other side: it hung before it came there
+    return (
+        f"only some ranks come to {only.location} ({only.op}): a condition that differs between ranks; "
+        "call it on every rank or on none"
+    )
+
+
+def of_absence(scenes: Mapping[int, Scene], call: Call, waits: int, absent: int) -> str:
+    """For a call in which ``waits`` waits and to which ``absent`` never came."""
+    if call.location is None:
+        return DEADLOCK
+    counts = {rank: _calls_at(scenes[rank], call) for rank in (waits, absent)}
+    missing = scenes[absent]
+    if missing.state == "running":
+        return "a rank that is busy or waits outside of torch while others are already in the collective"
+    if not counts[absent]:
+        return (
+            f"only some ranks come to {call.location} ({call.op}): a condition on the rank, as around "
+            "logging, saving or evaluation; call it on every rank or on none"
+        )
+    shift = _parting(scenes[waits].calls, missing.calls)
+    if counts[waits] > counts[absent]:
+        numbers = ", ".join(f"rank {rank}: {number}" for rank, number in sorted(counts.items()))
+        return (
+            f"ranks ran a different number of steps (calls at this line: {numbers}); give every rank the "
+            f"same number of batches, or use torch.distributed.algorithms.Join{shift}"
+        )
+    return f"ranks ran a different number of steps, or only some of them came to this collective{shift}"
+
+
+def of_wait(function: str | None) -> str:
+    """For a wait in a torch function that is no collective."""
+    return _WAITS.get(function or "", DEADLOCK)
+
+
+def _calls_at(scene: Scene, call: Call) -> int:
+    return sum(c.location == call.location and c.op == call.op for c in scene.calls)
+
+
+def _parting(mine: Sequence[Call], theirs: Sequence[Call]) -> str:
+    """Where the ranks first met in one collective from different lines, though they share these lines.
+
+    Lines that differ by design (a broadcast written once for the source and once for the others) never meet
+    themselves on the other rank, and say nothing.
+    """
+    known = {call.key: call for call in theirs if call.seq is not None}
+    pairs = [(c, known[c.key]) for c in mine if c.seq is not None and c.key in known]
+    own, other = {a.location for a, _ in pairs}, {b.location for _, b in pairs}
+    for a, b in pairs:
+        if (
+            a.location
+            and b.location
+            and a.location != b.location
+            and (a.location in other or b.location in own)
+        ):
+            return f"; they parted at {a.name()}, called at {a.location} and at {b.location}"
+    return ""
