@@ -76,10 +76,10 @@ class LaunchResult:
         if self.verdict is Verdict.SKIPPED:
             return f"SKIPPED: {self.cause}"
         lines = [f"{self.verdict} after {self.seconds:.1f} s: {self.cause}"]
+        lines += [f"  {self.shared_gpu}"] if self.shared_gpu else []
         lines += [f"  {line}" for line in self._others()]
         if self.cause is not None and (advice := self.advice or _LIKELY.get(self._symptom(self.cause))):
             lines.append(f"  likely: {advice}")
-        lines += [f"  {self.shared_gpu}"] if self.shared_gpu else []
         lines += self._traceback()
         lines += self._outputs() if printed else []
         if self.leftovers:
