@@ -75,8 +75,15 @@ def test_a_driver_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_links_between_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "links", lambda gpus: {"NVLink": [(0, 1)], "one NUMA node": [(0, 2), (1, 2)]})
+    lines = with_gpus(monkeypatch, Inventory(H200, "NVML"))
+    assert lines[-1] == "ok    links        NVLink: 0-1; one NUMA node: 0-2, 1-2"
+
+
 def test_gpus_and_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setattr(doctor, "links", lambda gpus: {})
     cut = (Gpu(2, "MIG-1", "NVIDIA H200 MIG 1g.18gb", 2**34, True, "NVML"),)
     assert with_gpus(monkeypatch, Inventory((*H200, *cut), "NVML", "", "580")) == [
         "ok    GPUs         1 (NVIDIA H200, 2 hidden by CUDA_VISIBLE_DEVICES='1', by NVML), driver 580",
@@ -88,6 +95,7 @@ def test_gpus_and_what_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gpu_named_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,GPU-1")
+    monkeypatch.setattr(doctor, "links", lambda gpus: {})
     assert with_gpus(monkeypatch, Inventory(H200, "NVML"))[0] == (
         "FAIL  GPUs         0 (CUDA_VISIBLE_DEVICES='1,GPU-1' names GPU 1 twice, so CUDA shows none: "
         "name each once, by NVML)"

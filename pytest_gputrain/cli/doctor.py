@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from pytest_gputrain.cli.arguments import EXIT_FAILED, EXIT_OK, UsageError, file
 from pytest_gputrain.devices import Gpu, Inventory, describe_found, discover, visible_gpus
 from pytest_gputrain.devices.inventory import FAKE_VARIABLE
+from pytest_gputrain.devices.topology import links
 from pytest_gputrain.devices.visible import named_twice
 from pytest_gputrain.values import format_size
 
@@ -134,6 +135,12 @@ def _gpus(inventory: Inventory) -> Iterator[Finding]:
     visible = visible_gpus(inventory, os.environ)
     for gpu in inventory.gpus:
         yield Finding("ok", _name(gpu, pretended), _described(gpu, gpu in visible))
+    if linked := links(inventory.gpus):
+        yield Finding("ok", "links", "; ".join(f"{kind}: {_pairs(linked[kind])}" for kind in linked))
+
+
+def _pairs(pairs: Iterable[Sequence[int]]) -> str:
+    return ", ".join(f"{pair[0]}-{pair[1]}" for pair in pairs)
 
 
 def _name(gpu: Gpu, pretended: bool) -> str:
@@ -211,9 +218,9 @@ def _torch_findings(answer: dict[str, Any], num_visible: int | None) -> Iterator
     if broken := answer.get("broken"):
         yield Finding("FAIL", "CUDA", f"a GPU cannot be used: {broken}", "see nvidia-smi and dmesg")
     if peers := answer.get("peers"):
-        without = [f"{one}-{other}" for one, other, access in peers if not access]
+        without = [pair for pair in peers if not pair[2]]
         text = f"{len(peers) - len(without)} of {len(peers)} pairs of GPUs"
-        missing = f"none between {', '.join(without[:8])}: NCCL goes through host memory" if without else ""
+        missing = f"none between {_pairs(without[:8])}: NCCL goes through host memory" if without else ""
         yield Finding("warn" if without else "ok", "peer access", text, missing)
 
 

@@ -177,3 +177,20 @@ def test_bad_argument_is_one_line(arguments: Any, line: str) -> None:
 def test_something_that_is_no_case_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"^case is a str; give a TrainingCase, or load_case"):
         run_checks("module:attribute")  # type: ignore[arg-type]
+
+
+def test_figures_of_shared_gpus_carry_the_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real ranks, on the CPU, placed as on a machine with one GPU."""
+    from pytest_gputrain.launch import request
+
+    label = "2 ranks shared 1 GPU (NVIDIA H200) through gloo: not a multi-GPU result"
+    shared = request.Placement("cpu", "gloo", label)
+    monkeypatch.setattr(request, "placement", lambda *_, **__: shared)
+    (result,) = run_checks(case("small"), checks=["ddp_completes"])
+    assert (result.outcome, result.figures["shared_gpu"]) == ("passed", label)
+    failing = case("wrong", loss=lambda model, batch: 1 / 0)
+    (result,) = run_checks(failing, checks=["ddp_completes"])
+    assert (result.outcome, result.figures["shared_gpu"]) == ("failed", label)
+    monkeypatch.undo()
+    (result,) = run_checks(case("small"), checks=["ddp_completes"])
+    assert "shared_gpu" not in result.figures
