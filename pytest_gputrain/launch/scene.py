@@ -101,7 +101,8 @@ def records_of(answer: Records | None, ring: Records, *, waits: bool) -> tuple[R
 
     ``waits``: whether its main thread waits in a collective, which the ring cannot know of its last call.
     """
-    if answer is not None:
+    # An empty answer beside calls that were seen: the recorder is off, or knows not this backend.
+    if answer or (answer is not None and all(record["seq"] is None for record in ring)):
         return sorted([*answer, *(r for r in ring if r["seq"] is None)], key=lambda r: r["at"] or 0), True
     if waits and ring:
         ring[-1]["state"] = "waiting"

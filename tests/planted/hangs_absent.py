@@ -47,7 +47,7 @@ def broke_out_of_its_loop() -> int:
     return 1  # culprit
 
 
-@planted(ABSENT, 2, "rank 2 never reached all_reduce #3 (5 x int64)", world_size=3)
+@planted(ABSENT, 2, "rank 2 never reached all_reduce #3 (5 x int64)", world_size=3, slow=True)
 def uneven_steps_of_three() -> None:
     for step in range(4):
         if rank() == 2 and step == 2:
@@ -71,7 +71,7 @@ def save_with_a_barrier_on_rank_0_of_three() -> None:
         save()
 
 
-@planted(ABSENT, 1, "rank 1 never reached all_reduce #2 (1 x float32)", "only some ranks come to")
+@planted(ABSENT, 1, "rank 1 never reached all_reduce #2 (1 x float32)", "only some ranks come to", slow=True)
 def evaluation_on_rank_0_alone() -> int:
     dist.all_reduce(torch.ones(4))
     if rank() == 0:
@@ -79,7 +79,7 @@ def evaluation_on_rank_0_alone() -> int:
     return 1  # culprit
 
 
-@planted(ABSENT, 1, "rank 1 never reached all_gather #1", "only some ranks come to")
+@planted(ABSENT, 1, "rank 1 never reached all_gather #1", "only some ranks come to", slow=True)
 def gathers_objects_on_rank_0_alone() -> None:
     if rank() == 0:
         dist.all_gather_object([None, None], {"loss": 1.0})  # victim
@@ -93,7 +93,7 @@ def waits_for_an_asynchronous_collective() -> int:
     return 1  # culprit
 
 
-@planted(ABSENT, 1, "rank 1 never reached all_reduce #", "136 x float32")
+@planted(ABSENT, 1, "rank 1 never reached all_reduce #", "136 x float32", slow=True)
 def skips_backward() -> int:
     net = model()
     loss = net(torch.ones(2, 16)).sum()
@@ -134,7 +134,7 @@ def waits_for_a_lock() -> None:
     dist.barrier()  # victim
 
 
-@planted(ABSENT, 1, "rank 1 never reached all_reduce #1 (1 x float32)", stall=2.0)
+@planted(ABSENT, 1, "rank 1 never reached all_reduce #1 (1 x float32)", stall=2.0, slow=True)
 def waits_for_its_data() -> None:
     batches: queue.Queue[float] = queue.Queue()
     if rank() == 0:
@@ -161,7 +161,7 @@ def holds_the_interpreter_for_ever() -> None:
     dist.all_reduce(torch.ones(2))  # victim
 
 
-@planted(ABSENT, 1, "rank 1 never reached all_reduce #2 (2 x float32)", stall=2.0)
+@planted(ABSENT, 1, "rank 1 never reached all_reduce #2 (2 x float32)", stall=2.0, slow=True)
 def is_stopped() -> None:
     dist.all_reduce(torch.ones(2))
     if rank() == 1:

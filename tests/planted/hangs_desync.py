@@ -40,7 +40,7 @@ def different_order_on_one_of_four() -> None:
     dist.broadcast(x, 0)
 
 
-@planted(DESYNC, None, "all_reduce #1 (8 x float32)", "all_gather #1 (8 x float32)")
+@planted(DESYNC, None, "all_reduce #1 (8 x float32)", "all_gather #1 (8 x float32)", slow=True)
 def different_operations() -> None:
     x = torch.ones(8)
     if rank() == 0:
@@ -98,7 +98,7 @@ def receives_from_a_rank_that_has_left() -> int:
     return 1  # culprit
 
 
-@planted(DESYNC, None, "barrier #1", "broadcast #1")
+@planted(DESYNC, None, "barrier #1", "broadcast #1", slow=True)
 def objects_against_a_barrier() -> None:
     if rank() == 0:
         dist.broadcast_object_list(["a"], 0)  # culprit
