@@ -77,8 +77,15 @@ def test_shared_runs_do_not_meet_require_gpus(
         "so this session proves nothing about GPUs and fails"
     )
     assert line in result.outlines
-    assert run_child("--share-gpu", "--require-gpus=2").ret == pytest.ExitCode.TESTS_FAILED
-    assert run_child("--share-gpu", "--require-gpus=1").ret == pytest.ExitCode.OK
+
+
+def test_require_gpus_counts_gpus_and_not_shares(
+    pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1")
+    pytester.makepyfile(THREE)
+    assert run("--share-gpu", "--require-gpus=2").ret == pytest.ExitCode.TESTS_FAILED
+    assert run("--share-gpu", "--require-gpus=1").ret == pytest.ExitCode.OK  # test_one had a GPU of its own
 
 
 # Real ranks on the CPU, placed as on a machine with one GPU.
