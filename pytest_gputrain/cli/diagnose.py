@@ -151,18 +151,19 @@ def _program(options: argparse.Namespace) -> Program:
 def _settings(options: argparse.Namespace, out: Path) -> Settings:
     from pytest_gputrain.devices.sharing import lacking
     from pytest_gputrain.diagnose.run import Settings
+    from pytest_gputrain.launch import LaunchDefaults
 
     # A script chooses its device itself: only a case can be told to share.
     share = options.share_gpu and options.case is not None
     if options.device == "cuda" and (lack := lacking(options.nproc, share_gpu=share)):
         raise UsageError(f"--device cuda --nproc {options.nproc} {lack}; give --device cpu or fewer ranks")
-    return Settings(
-        out=out,
+    launch = LaunchDefaults(
         timeout=options.timeout or TIMEOUT,
         stall=options.stall or STALL,
         device=options.device,
         share_gpu=share,
     )
+    return Settings(out=out, launch=launch)
 
 
 def _given(options: argparse.Namespace, program: Program, settings: Settings) -> Given:
@@ -174,7 +175,7 @@ def _given(options: argparse.Namespace, program: Program, settings: Settings) ->
     branches = tuple(_list(options.branches or ""))
     try:
         with tempfile.TemporaryDirectory(prefix="gputrain-probe-") as folder:
-            known = probe(program, settings, Path(folder), branches=branches, layers=options.layers)
+            known = probe(program, settings.launcher, Path(folder), branches=branches, layers=options.layers)
     except ProbeError as error:
         raise UsageError(str(error)) from None
     own = isinstance(program, Case)
@@ -217,12 +218,7 @@ def _make(out: Path) -> None:
 
 
 def _finish(report: Report, out: Path) -> int:
-    decision = report.decision
-    print(f"\n{report.headline}\n\nhow that was decided:")
-    print("\n".join(f"  {step}" for step in decision.path))
-    print("\nwhat to change:")
-    print("\n".join(f"  {number}. {one.text}" for number, one in enumerate(decision.advice, start=1)))
-    print(f"\n{out}/SUMMARY.md", flush=True)
+    _tell(f"\n{report.text()}\n\n{out}/SUMMARY.md")
     if report.verdict == "PASS":
         return EXIT_OK
     return EXIT_NOTHING_RAN if report.verdict == "NOTHING RAN" else EXIT_FAILED

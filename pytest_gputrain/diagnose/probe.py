@@ -7,7 +7,7 @@ asked when there is something to check.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from pytest_gputrain.diagnose.records import Phase
 from pytest_gputrain.launch import LaunchUsageError
 
 if TYPE_CHECKING:
-    from pytest_gputrain.diagnose.run import Settings
+    from pytest_gputrain.launch import Launcher
 
 
 class ProbeError(ValueError):
@@ -36,7 +36,7 @@ class Known:
 
 def probe(
     program: Program,
-    settings: Settings,
+    launcher: Callable[[Path], Launcher],
     folder: Path,
     *,
     branches: Sequence[str] = (),
@@ -45,11 +45,12 @@ def probe(
     """What the model has. Raises ProbeError when ``branches`` or ``layers`` are not in it."""
     if not isinstance(program, Case) and not branches and layers is None:
         return Known()
-    on_top = environment.added(os.environ, ALONE, device=settings.device)
+    starter = launcher(folder / "launch")
+    on_top = environment.added(os.environ, ALONE, device=starter.defaults.device)
     on_top["GPUTRAIN_STUDY"] = str(folder.absolute())
     step = Phase("probe", "one step, to see the model", "single", 1, 1)
     try:
-        program.launch(step, settings.launcher(folder / "launch"), on_top)
+        program.launch(step, starter, on_top)
     except LaunchUsageError as error:
         raise ProbeError(str(error)) from None
     facts = next(iter(readings.facts(folder).values()), {})

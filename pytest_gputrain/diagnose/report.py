@@ -15,7 +15,8 @@ class Report:
     """The results so far, and what the tree makes of them.
 
     program: how it was named; kind: what it is. planned: how many phases there were to be; fewer results
-    mean that it was interrupted. origin: on which machine and versions.
+    mean that it was interrupted. origin: on which machine and versions. shared_gpu: labels of launches whose
+    ranks shared a GPU.
     """
 
     program: str
@@ -25,6 +26,7 @@ class Report:
     device: str
     origin: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    shared_gpu: Sequence[str] = ()
 
     @property
     def interrupted(self) -> bool:
@@ -68,6 +70,22 @@ class Report:
         """What went wrong only in phases that accuse nobody."""
         return [result for result in self.results if result.red and not result.phase.accuses]
 
+    def text(self) -> str:
+        """Headline, the path of the decision, and the advice, for a terminal."""
+        decision = self.decision
+        return "\n".join(
+            [
+                self.headline,
+                *(f"  {label}" for label in self.shared_gpu),
+                "",
+                "how that was decided:",
+                *(f"  {step}" for step in decision.path),
+                "",
+                "what to change:",
+                *(f"  {number}. {one.text}" for number, one in enumerate(decision.advice, start=1)),
+            ]
+        )
+
     def document(self) -> dict[str, Any]:
         """``report.json``."""
         decision = self.decision
@@ -78,7 +96,7 @@ class Report:
             "kind": self.kind,
             "device": self.device,
             "interrupted": self.interrupted,
-            "notes": list(self.notes),
+            "notes": [*self.shared_gpu, *self.notes],
             "origin": dict(self.origin),
             "phases": [_phase(result) for result in self.results],
             "path": list(decision.path),

@@ -22,29 +22,19 @@ from pytest_gputrain.origin import origin
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """out: the folder of the report, there and empty. timeout, stall: seconds of each launch.
-
-    share_gpu: with device "cuda", ranks that outnumber the GPUs share them. gpus: those that ranks may see.
-    """
+    """out: the folder of the report, there and empty. launch: times, device and GPUs of each launch."""
 
     out: Path
-    timeout: float
-    stall: float
-    device: str = "cpu"
-    share_gpu: bool = False
-    gpus: tuple[str, ...] = ()
+    launch: LaunchDefaults
+
+    @property
+    def device(self) -> str:
+        """Where ranks run."""
+        return self.launch.device
 
     def launcher(self, folder: Path) -> Launcher:
         """What starts the ranks of a launch, with its files in ``folder``."""
-        defaults = LaunchDefaults(
-            timeout=self.timeout,
-            stall=self.stall,
-            device=self.device,
-            artifacts=folder,
-            gpus=self.gpus,
-            share_gpu=self.share_gpu,
-        )
-        return Launcher(defaults=defaults)
+        return Launcher(defaults=replace(self.launch, artifacts=folder))
 
 
 Told = Callable[[str], None]
@@ -67,6 +57,7 @@ class Plan:
         self._layers = 0
         self._branches: list[str] = []
         self._notes: dict[str, None] = {}
+        self._shared: dict[str, None] = {}
         self._launches = 0
 
     def run(self) -> Report:
@@ -102,6 +93,7 @@ class Plan:
             self.settings.device,
             origin(),
             tuple(self._notes),
+            tuple(self._shared),
         )
 
     # -- phases -------------------------------------------------------------------------------------
@@ -221,8 +213,8 @@ class Plan:
         facts = readings.facts(folder)
         self._layers = max([self._layers, *(int(told.get("layers", 0)) for told in facts.values())])
         self._branches = next((told["branches"] for told in facts.values() if told.get("branches")), [])
-        told = (outcome.replaced_backend(facts), launched.shared_gpu)
-        self._notes |= {note: None for note in told if note}
+        self._notes |= dict.fromkeys([note for note in [outcome.replaced_backend(facts)] if note])
+        self._shared |= dict.fromkeys([label for label in [launched.shared_gpu] if label])
         steps = {rank: len(told.get("steps", ())) for rank, told in facts.items()}
         missing = readings.missing(readings.traces(folder), None if launched.passed else steps)
         result = outcome.phase_result(

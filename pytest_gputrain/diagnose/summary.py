@@ -66,5 +66,5 @@ def cut(text: str) -> str:
 def _origin(report: Report) -> list[str]:
     """Where it ran: no figure without it."""
     told = ", ".join(f"{name} {value}" for name, value in report.origin.items() if value is not None)
-    notes = "".join(f" {note}." for note in report.notes)
+    notes = "".join(f" {note}." for note in (*report.shared_gpu, *report.notes))
     return [f"Ran on {report.device}.{notes} {told}".rstrip()]
