@@ -267,7 +267,7 @@ def skip_machinery(tb: TracebackType | None) -> TracebackType | None:
     package = Path(__file__).resolve().parent.parent
     own = (
         "<frozen runpy>",
-        *(f"{package}/{room}/" for room in ("launch", "checks", "case", "trace", "plugin")),
+        *(f"{package}/{room}/" for room in ("launch", "checks", "case", "diagnose", "trace", "plugin")),
     )
     first = tb
     while first is not None and first.tb_frame.f_code.co_filename.startswith(own):

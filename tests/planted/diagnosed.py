@@ -46,12 +46,17 @@ class Raises(torch.autograd.Function):
 
 
 class WaitsOnOneRank(Raises):
-    """A collective in backward that only one rank enters: the others wait for its gradient."""
+    """A collective in backward that only one rank enters: the others wait for its gradient.
+
+    In a group of its own: mixed up with DDP's collectives it would abort, or hang, as it comes.
+    """
+
+    group: Any = None
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         if dist.get_rank() == 0 and dist.get_world_size() > 1:
-            dist.barrier()
+            dist.barrier(WaitsOnOneRank.group)
         return gradient
 
 
@@ -64,6 +69,8 @@ class Branched(nn.Module):
         super().__init__()
         self.wide, self.narrow = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
         self.broken, self.alone = broken, ""
+        if broken is WaitsOnOneRank and dist.is_initialized():
+            WaitsOnOneRank.group = dist.new_group()
 
     def force_branch(self, name: str) -> None:
         self.alone = name
