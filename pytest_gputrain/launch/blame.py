@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from . import likely
-from .deadlock import Call, Entries, Scene
+from .deadlock import Call, Entries, Scene, unlike
 from .output import rank_list
 from .records import Cause
 
@@ -37,10 +37,10 @@ def explain(scenes: Mapping[int, Scene]) -> Finding | None:
 def desync(scenes: Mapping[int, Scene], entries: Entries | None = None) -> tuple[Cause, str] | None:
     """The first collective that was not the same on all of its ranks, whether or not it got through."""
     entries = entries or Entries(scenes)
-    wrong = [key for key, calls in entries.by_key.items() if len({c.shape for c in calls.values()}) > 1]
+    wrong = [key for key, calls in entries.by_key.items() if unlike(calls.values())]
     if not wrong:
         return None
-    calls = entries.by_key[min(wrong, key=lambda key: key[2])]
+    calls = entries.by_key[min(wrong, key=lambda key: key[3])]
     sides: dict[object, list[int]] = {}
     for rank, call in sorted(calls.items()):
         sides.setdefault(call.shape, []).append(rank)
@@ -178,15 +178,16 @@ def fate(scene: Scene) -> str:
     return f"{text}   [{call.note}]" if call and call.note else text
 
 
-def waits_for(scenes: Mapping[int, Scene], rank: int) -> str:
-    """``; rank 0 waits for it in all_reduce #7 (…) at …``: who is held up by a rank; empty for nobody."""
+def waiting_for(scenes: Mapping[int, Scene]) -> dict[int, str]:
+    """``; rank 0 waits for it in all_reduce #7 (…) at …`` of each rank that holds others up."""
     entries = Entries(scenes)
+    found: dict[int, str] = {}
     for call, here in _waits(scenes):
-        if rank in entries.missing(call):
-            verb = "waits" if len(here) == 1 else "wait"
-            where = f" at {call.location}" if call.location else ""
-            return f"; {rank_list(here)} {verb} for it in {call}{where}"
-    return ""
+        verb = "waits" if len(here) == 1 else "wait"
+        where = f" at {call.location}" if call.location else ""
+        for rank in entries.missing(call):
+            found.setdefault(rank, f"; {rank_list(here)} {verb} for it in {call}{where}")
+    return found
 
 
 def waits_in_vain(scenes: Mapping[int, Scene]) -> set[int]:

@@ -33,7 +33,7 @@ def concluded(
         ending,
         seconds=seconds,
         found=found.cause if found else None,
-        waiting_for={rank: blame.waits_for(scenes, rank) for rank in scenes} if scenes else {},
+        waiting_for=blame.waiting_for(scenes),
     )
     advice = supervision.slow if verdict is Verdict.TIMED_OUT else ""
     if found is not None and cause is not None and cause.kind == found.cause.kind:

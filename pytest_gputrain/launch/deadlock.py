@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-Key = tuple[str, tuple[int, ...], int]
-"""A collective: its group's name, the group's ranks, its number in the group."""
+Key = tuple[str, int, int, int]
+"""A collective: its group's name, first rank and size (all ranks would be slow to compare), its number."""
 Shape = tuple[str, tuple[tuple[int, ...], ...], tuple[str, ...]]
 _SAME_SIZES = frozenset(
     {"all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"}
@@ -37,7 +37,7 @@ class Call(NamedTuple):
     @property
     def key(self) -> Key:
         """What makes it the same collective on other ranks."""
-        return self.group, self.ranks, self.seq or 0
+        return self.group, self.ranks[0] if self.ranks else -1, len(self.ranks), self.seq or 0
 
     @property
     def shape(self) -> Shape:
@@ -111,17 +111,22 @@ class Entries:
 
     def __init__(self, scenes: Mapping[int, Scene]) -> None:
         self.by_key: dict[Key, dict[int, Call]] = {}
-        self._last: dict[tuple[int, str, tuple[int, ...]], int] = {}
+        self._last: dict[tuple[int, tuple[str, int, int]], int] = {}
         for rank, scene in scenes.items():
+            last: dict[tuple[str, int, int], int] = {}
             for call in scene.calls:
                 if call.seq is None:
                     continue
-                self.by_key.setdefault((call.group, call.ranks, call.seq), {})[rank] = call
-                self._last[rank, call.group, call.ranks] = call.seq
+                key = call.key
+                if (there := self.by_key.get(key)) is None:
+                    there = self.by_key[key] = {}
+                there[rank] = call
+                last[key[:3]] = call.seq
+            self._last.update({(rank, group): seq for group, seq in last.items()})
 
     def last(self, rank: int, call: Call) -> int:
         """The number of the last collective that a rank has entered in the call's group; 0 for none."""
-        return self._last.get((rank, call.group, call.ranks), 0)
+        return self._last.get((rank, call.key[:3]), 0)
 
     def missing(self, call: Call) -> list[int]:
         """The ranks of the call's group that have not entered it; one that is further on has, once."""
@@ -130,7 +135,17 @@ class Entries:
 
     def differs(self, call: Call) -> bool:
         """Whether some rank entered something else under the same number."""
-        return len({other.shape for other in self.by_key.get(call.key, {}).values()}) > 1
+        return unlike(self.by_key.get(call.key, {}).values())
+
+
+def unlike(calls: Iterable[Call]) -> bool:
+    """Whether calls that met under one number were not the same."""
+    found = iter(calls)
+    first = next(found, None)
+    if first is None:
+        return False
+    shape = first.shape
+    return any(call.shape != shape for call in found)
 
 
 def stuck(scenes: Mapping[int, Scene]) -> dict[int, bool]:
@@ -141,7 +156,7 @@ def stuck(scenes: Mapping[int, Scene]) -> dict[int, bool]:
         waiting = [rank for rank in helpless if scenes[rank].state == "running"]
         freed = {rank for rank in waiting if _may_go_on(scenes[rank], helpless, scenes, entries)}
         if not freed:
-            return {rank: _proved(scenes[rank], entries) for rank in sorted(waiting)}
+            return {rank: _proved(scenes[rank], scenes, entries) for rank in sorted(waiting)}
         helpless -= freed
 
 
@@ -168,7 +183,12 @@ def _may_be_met(scene: Scene, helpless: set[int], scenes: Mapping[int, Scene]) -
     return any(rank not in helpless for rank in others)
 
 
-def _proved(scene: Scene, entries: Entries) -> bool:
+def _proved(scene: Scene, scenes: Mapping[int, Scene], entries: Entries) -> bool:
+    if (message := scene.last_message()) is not None and message.op == "recv":
+        # Two that wait for a message of each other; one that has left may have sent before it did.
+        peer = scenes.get(message.ranks[0])
+        other = peer.last_message() if peer and peer.blocked else None
+        return other is not None and other.op == "recv" and other.ranks == message.ranks[::-1]
     call = scene.waited()
     return call is not None and (bool(entries.missing(call)) or entries.differs(call))
 
@@ -184,25 +204,29 @@ def fingerprint(scenes: Mapping[int, Scene], ranks: Iterable[int]) -> list[Any]:
 
 def from_json(records: Iterable[Mapping[str, Any]]) -> list[Call]:
     """Records of a rank as ``collectives.json`` holds them, without those of a group that was made anew."""
-    calls: dict[str, list[Call]] = {}
+    last: dict[str, int] = {}
+    members: dict[str, tuple[Any, tuple[int, ...]]] = {}
     order: list[Call] = []
     for record in records:
-        call = Call(
-            record["seq"],
-            record["op"],
-            tuple([tuple(size) for size in record["sizes"]]),
-            tuple(record["dtypes"]),
-            record["group"],
-            tuple(record["ranks"]),
-            record["state"] == "waiting",
-            record["location"],
-            record.get("note"),
+        seq, group, ranks = record["seq"], record["group"], record["ranks"]
+        if seq is not None:
+            if last.get(group, 0) >= seq:  # destroyed and made again: it counts from 1
+                order = [old for old in order if old.group != group]
+            last[group] = seq
+        known = members.get(group)
+        if known is None or known[0] != ranks:
+            members[group] = known = (ranks, tuple(ranks))
+        order.append(
+            Call(
+                seq,
+                record["op"],
+                tuple(map(tuple, record["sizes"])),
+                tuple(record["dtypes"]),
+                group,
+                known[1],  # one tuple for all: of 512 ranks it would be the larger part
+                record["state"] == "waiting",
+                record["location"],
+                record.get("note"),
+            )
         )
-        known = calls.setdefault(call.group, [])
-        if call.seq is not None:
-            if known and (known[-1].seq or 0) >= call.seq:  # destroyed and made again: it counts from 1
-                order = [old for old in order if old.group != call.group]
-                known.clear()
-            known.append(call)
-        order.append(call)
     return order

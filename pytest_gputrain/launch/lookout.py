@@ -75,7 +75,7 @@ class Lookout:
         pretended = {
             rank: dataclasses.replace(
                 seen,
-                blocked=rank in names and (patient or bool(seen.pending())),
+                blocked=rank in names and (patient or bool(seen.pending()) or _maybe_receiving(seen)),
                 waits_in=None,
                 location=None,
             )
@@ -89,3 +89,8 @@ class Lookout:
             seen.blocked = seen.blocked and rank in names
         found = deadlock.stuck(scenes)
         return list(found) if patient or all(found.values()) else []
+
+
+def _maybe_receiving(seen: Scene) -> bool:
+    """Whether the last call was a ``recv``, of which no record says that it has come back."""
+    return bool(seen.calls) and seen.calls[-1].op == "recv"

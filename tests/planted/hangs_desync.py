@@ -84,7 +84,7 @@ def two_groups_in_opposite_order() -> None:
         dist.all_reduce(torch.ones(2), group=group)  # victim
 
 
-@planted(DESYNC, None, "ranks wait for each other", "recv", timeout=60.0, slow=True)
+@planted(DESYNC, None, "ranks wait for each other", "recv", timeout=60.0)
 def both_receive_first() -> None:
     x = torch.ones(1)
     dist.recv(x, 1 - rank())  # victim
