@@ -45,6 +45,8 @@ class Place:
         self._name = f"wait-{self._number:020d}-{os.getpid()}"
         self._lock: BaseFileLock | None = None
         self._written: tuple[str, ...] = ()
+        self.num_before = 0
+        """How many went before this request when it last looked."""
 
     def try_take(self) -> dict[str, BaseFileLock] | None:
         """The locks of this request's GPUs by UUID: all of them, or None and a place in the queue."""
@@ -59,6 +61,7 @@ class Place:
                         free[uuid] = lock
                 back_in = self._back_in([uuid for uuid in wanted if uuid not in free], now)
                 given = lease_queue.grants([mine, *others], free, back_in)
+                self.num_before = lease_queue.in_order([mine, *others]).index(mine)
                 taken = {uuid: free.pop(uuid) for uuid in given.get(mine.number, ())}
             finally:
                 for lock in free.values():

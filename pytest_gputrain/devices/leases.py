@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 # The bell is looked at this often: it is one small file. A death rings no bell, so look at the locks as well.
 BELL_POLL = 0.01
-LOOK_AGAIN = 0.25
+LOOK_AGAIN = 0.4
+# Looking takes about 3 ms, one after the other: who is first in the queue shall not wait for all the others.
+STAGGER = 0.003
 # A GPU whose memory is in use is looked at again after so long; the driver takes about a second to give back
 # the memory of a process that was killed. Who finds too few free ones for OCCUPIED_DEADLINE gives up.
 AVOID = 1.0
@@ -121,6 +123,7 @@ def acquire(
             if on_wait is not None:
                 on_wait(waited)
             _wait_for_bell(folder, bell, min(LOOK_AGAIN, deadline - waited))
+            time.sleep(STAGGER * min(place.num_before, 16))
     finally:
         place.give_up()
 

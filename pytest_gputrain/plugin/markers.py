@@ -15,8 +15,8 @@ from pytest_gputrain.plugin.settings import settings_of
 from pytest_gputrain.values import LEGAL_SIZE, parse_size
 
 DESCRIPTIONS = (
-    "requires_gpus(n=1, *, memory=None): skip unless n GPUs are found, each with that memory ('80GB'); "
-    "adds the marker gpu.",
+    "requires_gpus(n=1, *, memory=None): hold n GPUs, each with that memory ('80GB'), while the test runs; "
+    "skip unless there are so many; adds the marker gpu.",
     "gpu: runs on a GPU; requires_gpus adds it, so that -m gpu selects these tests.",
     "stability(depth=20, iterations=1000): a long run; skipped unless --stability is given or -m names it.",
     "distributed(world_size=2, backend=None, device=None, isolation='fresh', timeout=None, stall=None, "
