@@ -98,7 +98,7 @@ def _conclude(item: pytest.Function, result: LaunchResult) -> None:
         if shown is None and (reason := result.values[0].xfailed) is not None:
             pytest.xfail(reason)
     else:
-        shown = failure_of(item, result, _notes(item))
+        shown = failure_of(item, result, _notes(item, result))
     if shown is not None:
         _raise(item, shown)
 
@@ -109,13 +109,16 @@ def _raise(item: pytest.Function, shown: Shown) -> NoReturn:
     raise shown.exception
 
 
-def _notes(item: pytest.Function) -> list[str]:
-    if not item.config.getoption("usepdb", False):
-        return []
-    return [
-        "--pdb cannot enter ranks, which are processes of their own; this runs the body as one rank in "
-        f"pytest's process: pytest --pdb --gputrain-alone '{item.nodeid}'"
-    ]
+def _notes(item: pytest.Function, result: LaunchResult) -> list[str]:
+    notes = []
+    if settings_of(item.config).report:
+        notes.append(f"artifacts: {result.artifacts}")
+    if item.config.getoption("usepdb", False):
+        notes.append(
+            "--pdb cannot enter ranks, which are processes of their own; this runs the body as one rank in "
+            f"pytest's process: pytest --pdb --gputrain-alone '{item.nodeid}'"
+        )
+    return notes
 
 
 def _skip(item: pytest.Function, result: LaunchResult) -> None:
@@ -182,8 +185,9 @@ def _tell_warnings(result: LaunchResult) -> None:
     for rank in result.ranks:
         found = rank.value if isinstance(rank.value, Finished) else attached(rank)
         for one in found.warned if found else ():
-            if one not in told:
-                told.add(one)
+            # Not the category itself: a class made on a rank is another one on each.
+            if (key := (one.text, one.category.__qualname__, one.file, one.line)) not in told:
+                told.add(key)
                 try:
                     warnings.warn_explicit(one.text, one.category, one.file, one.line)
                 except Warning:  # an error here, and the test had allowed it

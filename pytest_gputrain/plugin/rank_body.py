@@ -140,7 +140,7 @@ def _shown(error: BaseException, showing: Showing) -> object:
     """pytest's own representation of an exception, as ``--tb`` and ``--showlocals`` want it."""
     tb = rank.skip_machinery(error.__traceback__)
     assert tb is not None
-    found = pytest.ExceptionInfo.from_exc_info((type(error), error, tb))
+    found = pytest.ExceptionInfo.from_exc_info((type(error), error.with_traceback(tb), tb))
     style: Any = "long" if showing.style == "auto" or showing.full else showing.style
     if isinstance(error, pytest.fail.Exception) and not error.pytrace:
         style = "value"

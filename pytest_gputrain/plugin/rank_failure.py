@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from pytest_gputrain.launch import LaunchResult
 
 _MOST_TRACEBACKS = 4
+_ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}")
+"""Where an object lies differs between ranks, and says nothing."""
 _NOT_RAISED_HERE = (KeyboardInterrupt, GeneratorExit)
 """These would end the session: a rank's is that rank's alone."""
 
@@ -88,7 +91,7 @@ def _alike(result: LaunchResult) -> list[Alike]:
     cause = result.cause.rank if result.cause else None
     for rank in sorted(result.ranks, key=lambda rank: (rank.rank != cause, rank.rank)):
         if rank.state == "failed" and rank.error and not rank.error.is_victim:
-            key = (rank.error.type, rank.error.message, rank.error.location)
+            key = (rank.error.type, _ADDRESS.sub("0x", rank.error.message), rank.error.location)
             if key in groups:
                 groups[key].ranks.append(rank.rank)
             else:
