@@ -122,7 +122,7 @@ SHOWN = [
     ],
     ["FAILED after * s: rank 1 called pytest.xfail('because') while rank 0 passed: xfail on all ranks or *"],
     ["FAILED after * s: rank 1 skipped (because) while rank 0 ran: skip on all ranks or on none *"],
-    ["HUNG after * s: rank 1 had finished while rank 0 waits for it in a collective   at test_it.py:* in *"],
+    ["HUNG after * s: rank 1 never reached barrier #1; it finished; rank 0 waits in it *"],
     ["CRASHED after * s: rank 1 left with exit code 0 before it was done (os._exit[?])*"],
     ["FAILED after * s: ranks 0-1 raised KeyboardInterrupt   at test_it.py:* in test_interrupted"],
     [
@@ -146,7 +146,7 @@ SHOWN = [
         "@pytest.mark.distributed(world_size=2), or take ddp_launcher",
     ],
     ["FAILED test_it.py::test_a_diff - rank 1: assert [[]1, 2, 3[]] == [[]1, 2, 4[]]"],
-    ["FAILED test_it.py::test_hangs - HUNG after * s: rank 1 had finished while*"],
+    ["FAILED test_it.py::test_hangs - HUNG after * s: rank 1 never reached barrier*"],
 ]
 
 
