@@ -141,9 +141,10 @@ def slow(results: Sequence[PhaseResult]) -> Advice:
 
 def raised(result: PhaseResult) -> Advice:
     at = f" at {result.location}" if result.location else ""
+    likely = f". Likely: {result.likely}" if result.likely else ""
     return Advice(
         "own_error",
-        f"mend what the cause names{at}: {result.cause or result.outcome}",
+        f"mend what the cause names{at}: {result.cause or result.outcome}{likely}",
     )
 
 

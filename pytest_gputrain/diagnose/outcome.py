@@ -38,6 +38,7 @@ def phase_result(
     missing: tuple[Missing, ...] = (),
     *,
     seconds: float = 0.0,
+    likely: str = "",
 ) -> PhaseResult:
     """What the phase came to."""
     backend = next((str(told["backend"]) for told in facts.values() if "backend" in told), "")
@@ -49,6 +50,7 @@ def phase_result(
         cause.location if cause else None,
         seconds=seconds,
         missing=missing,
+        likely=likely,
         backend=backend,
     )
     if cause is not None and _SWITCH in cause.message:

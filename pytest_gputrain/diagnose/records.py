@@ -74,7 +74,8 @@ class PhaseResult:
     """What a phase came to.
 
     cause: the line to read first, empty for PASS. location: ``file:line in function`` of the user's code.
-    range: the smallest layer range that fails, from the bisection. profile: where the time goes.
+    likely: what is usually behind the cause. range: the smallest layer range that fails, from the bisection.
+    profile: where the time goes.
     finished: whether the program came to its end, or to the step where it was to stop.
     """
 
@@ -88,6 +89,7 @@ class PhaseResult:
     missing: tuple[Missing, ...] = ()
     range: tuple[int, int] | None = None
     profile: str = ""
+    likely: str = ""
     notes: tuple[str, ...] = ()
     folder: str = ""
     backend: str = ""

@@ -113,6 +113,7 @@ def _phase(result: PhaseResult) -> dict[str, Any]:
         "cause": result.cause,
         "kind": result.kind,
         "location": result.location,
+        "likely": result.likely,
         "seconds": round(result.seconds, 3),
         "backend": result.backend,
         "missing": [

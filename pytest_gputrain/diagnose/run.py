@@ -218,7 +218,13 @@ class Plan:
         steps = {rank: len(told.get("steps", ())) for rank, told in facts.items()}
         missing = readings.missing(readings.traces(folder), None if launched.passed else steps)
         result = outcome.phase_result(
-            phase, launched.verdict, launched.cause, facts, missing, seconds=launched.seconds
+            phase,
+            launched.verdict,
+            launched.cause,
+            facts,
+            missing,
+            seconds=launched.seconds,
+            likely=launched.advice,
         )
         artifacts.write_launch(launched, folder)
         return result

@@ -32,7 +32,7 @@ def results(**outcomes: Any) -> list[PhaseResult]:
     return found
 
 
-HUNG = (HANG, {"location": "train.py:7 in step", "kind": "deadlock"})
+HUNG = (HANG, {"location": "train.py:7 in step", "kind": "deadlock", "likely": "a barrier under if"})
 TREE: list[tuple[str, dict[str, Any], list[str], str]] = [
     ("all pass", {}, ["healthy"], "nothing to change"),
     (
@@ -93,7 +93,7 @@ TREE: list[tuple[str, dict[str, Any], list[str], str]] = [
         "only NCCL hangs",
         {"ddp_one_step": HUNG, "static_graph": HANG, "find_unused": HANG, "fsdp2": HANG},
         ["own_error", "transport"],
-        "it hangs on NCCL and passes on gloo: the transport is to blame",
+        "Likely: a barrier under if it hangs on NCCL and passes on gloo: the transport is to blame",
     ),
     (
         "one layer",

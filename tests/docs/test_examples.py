@@ -89,6 +89,15 @@ def test_the_broken_case_that_the_readme_shows() -> None:
     assert "2 passed, 3 failed, 1 skipped\n" in README
 
 
+def test_the_report_that_the_documentation_shows(tmp_path: Path) -> None:
+    phases = "--phases=ddp_steps,ddp_whole,single"
+    done = run("pytest_gputrain", "diagnose", phases, "--out", str(tmp_path / "out"), "hangs.py")
+    assert done.returncode == 1, done.stdout + done.stderr
+    headline = next(line for line in done.stdout.splitlines() if line.startswith("HANG in "))
+    assert headline in README and f"**{headline}**" in (ROOT / "docs" / "diagnose.md").read_text()
+    assert f"**{headline}**" in (tmp_path / "out" / "SUMMARY.md").read_text()
+
+
 def test_every_python_file_is_run_by_one_of_these() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "test_uneven.py",
@@ -96,6 +105,7 @@ def test_every_python_file_is_run_by_one_of_these() -> None:
         "test_tour.py",
         "my_cases.py",
         "train.py",
+        "hangs.py",
     }
 
 
