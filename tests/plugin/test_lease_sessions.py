@@ -47,6 +47,7 @@ def test_after(number): pass
 
 
 @pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
+@pytest.mark.timeout(600)  # twenty workers and fork servers, one after the other
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_sigkill_of_a_worker_in_the_middle_of_a_launch(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, times: int
@@ -57,7 +58,7 @@ def test_sigkill_of_a_worker_in_the_middle_of_a_launch(
     pytester.makepyfile(KILLED.replace("{times}", str(times)))
     plugins = [part for name in ("xdist", "pytest_gputrain") for part in ("-p", name)]
     options = ["-n", "2", f"--max-worker-restart={times + 5}", "--gputrain-lease-timeout=120"]
-    result = pytester.runpytest_subprocess(*plugins, *options, timeout=280)
+    result = pytester.runpytest_subprocess(*plugins, *options, timeout=560)
     result.assert_outcomes(passed=2, failed=times)  # each of them once, and the session went on
     assert len([line for line in result.outlines if "crashed while running" in line]) >= times
     assert wait_until(lambda: not marked(mark), 30), marked(mark)
