@@ -165,6 +165,7 @@ def test_what_a_failure_shows(
     assert machinery == []
 
 
+@pytest.mark.slow
 def test_traceback_styles(pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     pytester.makepyfile(test_it=FAILING)
@@ -185,7 +186,7 @@ import pytest
 def test_starts_the_server(): pass
 
 @pytest.mark.distributed
-@pytest.mark.timeout(6)
+@pytest.mark.timeout(15)
 def test_hangs(rank, tmp_path_factory):
     (tmp_path_factory.getbasetemp().parent / f"pid{rank}").write_text(str(os.getpid()))
     time.sleep(600)
@@ -194,6 +195,7 @@ def test_goes_on(): pass
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["signal", "thread"])
 def test_pytest_timeout_ends_the_ranks(pytester: pytest.Pytester, run_child: Run, method: str) -> None:
     pytester.makepyfile(HANGING)
