@@ -14,10 +14,10 @@ from .errors import LaunchError, LaunchUsageError, UnsupportedPlatform
 from .records import Cause, RankError, RankResult, Verdict
 
 if TYPE_CHECKING:
-    from .client import shutdown
     from .launcher import Launcher
     from .request import LaunchDefaults
     from .result import LaunchResult
+    from .warm import shutdown
 
 __all__ = [
     "Cause",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # Imported when first asked for: loading the plugin must stay cheap.
-_LAZY = {"Launcher": "launcher", "LaunchDefaults": "request", "LaunchResult": "result", "shutdown": "client"}
+_LAZY = {"Launcher": "launcher", "LaunchDefaults": "request", "LaunchResult": "result", "shutdown": "warm"}
 
 
 class _CallableModule(types.ModuleType):

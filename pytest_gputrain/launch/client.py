@@ -18,7 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
-from . import wire
+import psutil
+
+from . import process, wire
 from .errors import ServerLost
 
 START_DEADLINE = 120.0
@@ -112,6 +114,31 @@ class ServerHandle:
     def alive(self) -> bool:
         """Whether the process is there."""
         return self._process.poll() is None
+
+    def end_launch(self, within: float = 30.0) -> bool:
+        """Has the server end all that is below it; False if it cannot. Between launches only."""
+        self.sock.settimeout(within)
+        try:
+            wire.send(self.sock, {"op": "end"})
+            while self.reader.read():
+                if any(header["event"] == "ended" for header, _ in self.reader.frames()):
+                    self.sock.settimeout(None)
+                    return True
+        except OSError:
+            return False
+        return False
+
+    def children(self) -> list[int]:
+        """Living processes whose parent the server is: ranks, and what they have left to it."""
+        pid = self._process.pid
+        try:
+            with open(f"/proc/{pid}/task/{pid}/children") as file:
+                pids = [int(word) for word in file.read().split()]
+        except OSError:  # a kernel without that list
+            with contextlib.suppress(psutil.Error):
+                return [child.pid for child in psutil.Process(pid).children()]
+            return []
+        return [child for child in pids if process.is_alive(child)]
 
     def close(self, within: float = 15.0) -> None:
         """Ends the server and all below it: it cleans up when its socket closes; SIGKILL if it does not."""

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..devices.visible import VARIABLE
-from . import client, payload, request, sweep
+from . import client, payload, request, sweep, warm
 from .conclude import concluded
 from .errors import LaunchError, LaunchUsageError, ServerLost
 from .member import Member
-from .records import Cause, Verdict
+from .records import Cause, RankResult, Verdict
 from .request import LaunchDefaults
 from .result import LaunchResult
 from .supervise import Supervision
@@ -54,6 +54,7 @@ class Launcher:
 
         ``target`` may be a closure, a lambda or a nested function; arguments and return values travel by
         pickle, tensors come back on CPU. The group is gloo on ``device="cpu"`` and NCCL on ``"cuda"``.
+        With ``isolation="warm"`` the processes may be those of an earlier warm launch that left them clean.
         ``timeout`` (seconds, default 300) ends the launch whatever happens; ``stall`` (default 60) ends it
         when no rank uses CPU or prints any more. ``env`` goes on top of this process's environment.
         ``trace`` says what each rank records in its folder: True, False or names; nothing by default.
@@ -75,6 +76,7 @@ class Launcher:
             **self._times(timeout, stall),
             "trace": request.tracing(trace, environ, default=False),
             "kind": "function",
+            "isolation": isolation,
             "world_size": size,
             "device": where,
             "backend": how,
@@ -172,7 +174,10 @@ class Launcher:
         if spec["kind"] == "script":
             spec["torchrun"].append(f"--log-dir={folder / 'torchrun'}")
         try:
-            result = _watched(spec, call, [Member(rank) for rank in range(size)], folder)
+            if spec.get("isolation") == "warm":
+                result = _warm(spec, call, size, folder)
+            else:
+                result = _watched(spec, call, [Member(rank) for rank in range(size)], folder)
         except BaseException:
             if temporary:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -232,6 +237,23 @@ def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: P
             server.close()
             sweep.kill_marked(spec["environ"][sweep.MARK])
     return concluded(supervision, spec["kind"], ending, seconds, folder)
+
+
+def _warm(spec: dict[str, Any], call: bytes, size: int, folder: Path) -> LaunchResult:
+    """The launch by ranks that may have been there already and may stay."""
+    began = time.monotonic()
+
+    def conclude(supervision: Supervision, ending: Ending, seconds: float) -> LaunchResult:
+        return concluded(supervision, "function", ending, seconds, folder)
+
+    try:
+        return warm.watched(spec, call, folder, conclude)
+    except ServerLost as error:
+        ranks = [RankResult(rank, "ended") for rank in range(size)]
+        lost = Cause(None, "server", str(error))
+        return LaunchResult(
+            Verdict.CRASHED, lost, ranks, folder, time.monotonic() - began, recycled=str(error)
+        )
 
 
 launch = Launcher()

@@ -118,6 +118,14 @@ def exit_of(status: int) -> tuple[int | None, str | None]:
         return None, f"signal {-code}"
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    with suppress(OSError, ValueError), open(f"/proc/{pid}/stat", "rb") as file:
+        text = file.read()
+        return text[text.rindex(b")") + 2 :][:1] not in (b"Z", b"X")
+    return False
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process is stopped by a signal."""
     with suppress(psutil.Error):

@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import unittest
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -39,6 +39,7 @@ class Link:
         self._sock = socket.socket(fileno=fd)
         self._sock.setblocking(True)
         self._sock.set_inheritable(False)
+        self._reader = wire.Reader(self._sock)
         self._identity = {"rank": rank, "restart": restart, "pid": os.getpid()}
 
     def hello(self) -> None:
@@ -57,6 +58,16 @@ class Link:
         header = {"kind": "exit", "rank": rank, "restart": restart, "exit_code": code, "signal": name}
         wire.send(self._sock, {**header, "at": time.monotonic()})
 
+    def requests(self) -> Iterator[wire.Frame]:
+        """What the launching process asks of a warm rank; ends when it closes its side."""
+        while True:
+            yield from self._reader.frames()
+            try:
+                if not self._reader.read():
+                    return
+            except OSError:
+                return
+
     def wait_for_release(self) -> None:
         """Blocks until the launcher closes its side.
 
@@ -67,16 +78,18 @@ class Link:
             self._sock.recv(1)
 
 
-def take_place(parent: int, folder: Path, rank: int, environ: Mapping[str, str], cwd: str | None) -> None:
+def take_place(
+    parent: int, folder: Path, rank: int, environ: Mapping[str, str], cwd: str | None
+) -> dict[str, int]:
     """Turns a forked process into a rank: own session, own output files, own environment, no inherited traps.
 
     A negative ``rank`` is an elastic agent: -1 for the first node's. ``environ`` is taken as it is.
-    Raises OSError when ``cwd`` is gone.
+    Returns the descriptors of its output files by name. Raises OSError when ``cwd`` is gone.
     """
     os.setsid()
     process.die_with_parent(parent)
     _reset_signals()
-    _redirect(folder / (f"rank{rank}" if rank >= 0 else f"agent{-1 - rank}"))
+    streams = _redirect(folder / (f"rank{rank}" if rank >= 0 else f"agent{-1 - rank}"))
     os.environ.clear()
     os.environ.update(environ)
     if cwd is not None:
@@ -84,6 +97,7 @@ def take_place(parent: int, folder: Path, rank: int, environ: Mapping[str, str],
     _new_randomness()
     if rank >= 0:
         recorder.place(str(folder / f"rank{rank}"), environ.get(sweep.MARK), rank)
+    return streams
 
 
 def _new_randomness() -> None:
@@ -105,7 +119,7 @@ def _reset_signals() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
 
 
-def _redirect(folder: Path) -> None:
+def _redirect(folder: Path) -> dict[str, int]:
     """Points descriptors 0, 1, 2 at /dev/null and the rank's files, faulthandler at files of its own."""
     devnull = os.open(os.devnull, os.O_RDONLY)
     os.dup2(devnull, 0)
@@ -120,10 +134,10 @@ def _redirect(folder: Path) -> None:
     sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     for name in ("stdin", "stdout", "stderr"):
         setattr(sys, f"__{name}__", getattr(sys, name))
-    faulthandler.enable(output.open_stream(folder / "crash.txt"), all_threads=True)
-    faulthandler.register(
-        DUMP_SIGNAL, output.open_stream(folder / "stacks.txt"), all_threads=True, chain=False
-    )
+    crash, dumps = (output.open_stream(folder / name) for name in ("crash.txt", "stacks.txt"))
+    faulthandler.enable(crash, all_threads=True)
+    faulthandler.register(DUMP_SIGNAL, dumps, all_threads=True, chain=False)
+    return {"stdout.log": 1, "stderr.log": 2, "crash.txt": crash, "stacks.txt": dumps}
 
 
 _LIBRARIES = ("transformers", "timm", "torchvision")
@@ -138,15 +152,15 @@ def run_function(
     try:
         link.hello()
         target, args, kwargs = payload.unpack_call(call)
-        _join_group(spec, rank, listen_fd)
+        join_group(spec, rank, listen_fd)
         with tracing(spec, rank):
             value, location = recorder.called(target, args, kwargs)
-        body = _pack(value, rank)
-        _flush()
+        body = pack(value, rank)
+        flush()
         imported = _imported_since(known) if rank == 0 else []
         link.report("passed", body, imported=imported, location=location)
     except BaseException as error:  # SystemExit and pytest's outcomes are BaseExceptions
-        _flush()
+        flush()
         state, details = describe(error)
         link.report(state, getattr(error, ATTACHED, b""), **details)
     link.wait_for_release()
@@ -171,7 +185,8 @@ class UnpicklableValue(TypeError):
     """A rank's function returned something that cannot be sent back."""
 
 
-def _pack(value: object, rank: int) -> bytes:
+def pack(value: object, rank: int) -> bytes:
+    """A return value as bytes. Raises UnpicklableValue."""
     try:
         return payload.pack_value(value)
     except Exception as error:
@@ -182,7 +197,8 @@ def _pack(value: object, rank: int) -> bytes:
         ) from None
 
 
-def _join_group(spec: Mapping[str, Any], rank: int, listen_fd: int | None) -> None:
+def join_group(spec: Mapping[str, Any], rank: int, listen_fd: int | None) -> None:
+    """Makes the process group of the ranks."""
     import torch
     import torch.distributed as dist
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -196,7 +212,7 @@ def _join_group(spec: Mapping[str, Any], rank: int, listen_fd: int | None) -> No
     dist.set_debug_level_from_env()  # type: ignore[attr-defined]  # read when the server started
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # The group's own timeout is later than the launch's: the launch names the culprit, the group a victim.
-    timeout = datetime.timedelta(seconds=spec["timeout"] + 60)
+    timeout = datetime.timedelta(seconds=spec.get("group_timeout", spec["timeout"] + 60))
     store = TCPStore(
         host,
         port,
@@ -294,7 +310,8 @@ def format_error(error: BaseException, tb: TracebackType | None) -> str:
         return "".join(traceback.format_tb(tb)) + f"{type(error).__name__}: {safe_str(error)}\n"
 
 
-def _flush() -> None:
+def flush() -> None:
+    """Writes out what the function has printed."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()

@@ -21,7 +21,7 @@ from .errors import LaunchUsageError, TooFewGpus, UnsupportedPlatform
 
 DEVICES = ("cpu", "cuda")
 BACKENDS = ("gloo", "nccl", "cpu:gloo,cuda:nccl")
-ISOLATIONS = ("fresh",)
+ISOLATIONS = ("fresh", "warm")
 
 
 @dataclass(frozen=True, kw_only=True)

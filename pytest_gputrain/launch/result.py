@@ -33,7 +33,8 @@ class LaunchResult:
     ``artifacts`` is the folder with each rank's ``stdout.log``, ``stderr.log`` and ``stacks.txt``; it lives
     at least as long as this object. ``seconds`` runs from the fork of the first rank to the verdict.
     ``exit_code`` is what torchrun would have returned (scripts) or 0 and 1 (functions). ``shared_gpu`` says
-    so where ranks shared GPUs: no figure of such a launch counts as one of several GPUs.
+    so where ranks shared GPUs: no figure of such a launch counts as one of several GPUs. ``recycled`` says
+    why the ranks of a warm launch were ended; None if they were kept for the next one.
     """
 
     verdict: Verdict
@@ -45,6 +46,7 @@ class LaunchResult:
     agent_output: str = ""
     advice: str = ""
     shared_gpu: str | None = None
+    recycled: str | None = None
 
     def own_folder(self) -> None:
         """Removes ``artifacts`` when this object is collected, at the latest when the process exits."""

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import output, pages, process, rank, recorder, wire
+from . import output, pages, process, rank, recorder, warm_rank, wire
 
 _ORPHAN_CHECK = 1.0  # seconds between looks at the parent, for owners whose socket a forked child keeps open
 
@@ -77,6 +77,10 @@ class Server:
                         child.terminate()
             elif header["op"] == "end":
                 self._end()
+            elif header["op"] == "temporary":
+                self._temporary = header["folder"]
+                if header["answer"]:  # so that the owner knows this process to be there
+                    wire.send(self._control, {"event": "here"})
             elif header["op"] == "preload":
                 _import(header["names"])
                 gc.freeze()
@@ -134,7 +138,8 @@ class Server:
                 os.close(fd)
         link = rank.Link(fds[number], number)
         own = {"RANK": str(number), "LOCAL_RANK": str(number)}
-        rank.take_place(parent, Path(spec["folder"]), number, {**spec["environ"], **own}, spec["cwd"])
+        environ = {**spec["environ"], **own}
+        streams = rank.take_place(parent, Path(spec["folder"]), number, environ, spec["cwd"])
         sys.path[:] = spec["sys_path"]
         sys.argv[:] = spec["argv"]
         listen_fd = None
@@ -142,6 +147,8 @@ class Server:
             listen_fd = listener.detach()
         else:
             listener.close()
+        if spec["isolation"] == "warm":
+            warm_rank.run(link, spec, number, call, listen_fd, streams)
         rank.run_function(link, spec, number, call, listen_fd)
 
     def _tell_exits(self, ended: list[tuple[int, int]]) -> None:
@@ -185,7 +192,7 @@ def main(fd: int, owner: int, preload: list[str]) -> None:
     """Entry point of the server process; ``fd`` is the control socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the owner's to handle
     _import(preload)
-    assert output and rank  # what ranks need is loaded now, once
+    assert output and rank and warm_rank  # what ranks need is loaded now, once
     with contextlib.suppress(Exception):  # torch's private parts may have moved: ranks then go unrecorded
         recorder.prepare()
     Server(socket.socket(fileno=fd), owner).serve()

@@ -35,7 +35,7 @@ class Supervision:
         self.leftovers: list[str] = []
         self.agent_exits: list[dict[str, Any]] = []
         self.failed_agents: list[dict[str, Any]] = []
-        self._server, self._spec, self._folder = server, spec, folder
+        self.server, self._spec, self._folder = server, spec, folder
         self._selector = selectors.DefaultSelector()
         self._agents: dict[int, socket.socket] = {}
         self._agent_pids: list[int] = []
@@ -64,9 +64,9 @@ class Supervision:
             member.reader = wire.Reader(member.sock)
             self._watch(member.sock, member)
             theirs.append(far)
-        self._selector.register(self._server.sock, selectors.EVENT_READ, None)
+        self._selector.register(self.server.sock, selectors.EVENT_READ, None)
         try:
-            wire.send(self._server.sock, self._spec, call, [sock.fileno() for sock in theirs])
+            wire.send(self.server.sock, self._spec, call, [sock.fileno() for sock in theirs])
         except OSError:
             raise self._lost() from None
         finally:
@@ -135,12 +135,12 @@ class Supervision:
 
     def _command(self, op: str) -> None:
         try:
-            wire.send(self._server.sock, {"op": op})
+            wire.send(self.server.sock, {"op": op})
         except OSError:
             raise self._lost() from None
 
     def _lost(self) -> ServerLost:
-        return ServerLost(f"the process that forks the ranks died: {self._server.last_words()}")
+        return ServerLost(f"the process that forks the ranks died: {self.server.last_words()}")
 
     # -- what comes in ------------------------------------------------------------------------------
 
@@ -152,9 +152,9 @@ class Supervision:
     def _receive(self, timeout: float) -> None:
         for key, _ in self._selector.select(timeout):
             if key.data is None:
-                if not self._server.reader.read():
+                if not self.server.reader.read():
                     raise self._lost()
-                for header, _body in self._server.reader.frames():
+                for header, _body in self.server.reader.frames():
                     self._server_event(header)
             else:
                 self._read(key.data)

@@ -16,6 +16,7 @@ _LENGTHS = struct.Struct("!IQ")
 _CHUNK = 1 << 20
 
 Header = dict[str, Any]
+Frame = tuple[Header, bytes]
 
 
 def send(sock: socket.socket, header: Header, body: bytes = b"", fds: Sequence[int] = ()) -> None:
@@ -56,12 +57,12 @@ class Reader:
         self.received += len(data)
         return bool(data)
 
-    def frames(self) -> Iterator[tuple[Header, bytes]]:
+    def frames(self) -> Iterator[Frame]:
         """The complete frames received so far, each once."""
         while (frame := self._take()) is not None:
             yield frame
 
-    def _take(self) -> tuple[Header, bytes] | None:
+    def _take(self) -> Frame | None:
         if len(self._buffer) < _LENGTHS.size:
             return None
         head_size, body_size = _LENGTHS.unpack_from(self._buffer)

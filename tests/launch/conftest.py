@@ -11,14 +11,21 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pytest_gputrain.launch import warm
+
 
 def _grandchildren() -> list[str]:
-    """Command lines of all that runs below this process's children; the children are fork servers."""
+    """Command lines of all that runs below this process's children, which are fork servers.
+
+    Warm ranks that wait for a call are meant to be there.
+    """
     found = []
+    idle = warm.POOL.pids()
     for child in psutil.Process().children():
         for process in child.children(recursive=True):
             try:
-                found.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
+                if process.pid not in idle:
+                    found.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
             except psutil.Error:
                 continue
     return found

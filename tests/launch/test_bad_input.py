@@ -25,7 +25,7 @@ CASES: list[tuple[Callable[[], Any], str]] = [
     (lambda: launch(nothing, world_size=-1), "world_size=-1: must be an integer from 1 to 512"),
     (lambda: launch(nothing, world_size="two"), "world_size='two': must be an integer from 1 to 512"),
     (lambda: launch(nothing, world_size=True), "world_size=True: must be an integer from 1 to 512"),
-    (lambda: launch(nothing, isolation="hot"), "isolation='hot': must be one of 'fresh'"),
+    (lambda: launch(nothing, isolation="hot"), "isolation='hot': must be one of 'fresh', 'warm'"),
     (lambda: launch(nothing, device="tpu"), "device='tpu': must be one of 'cpu', 'cuda'"),
     (
         lambda: launch(nothing, backend="mpi"),

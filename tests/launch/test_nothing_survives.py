@@ -66,10 +66,10 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 class Session:
     """A pytest process that hangs in a launch of two ranks, each with a grandchild in its own session."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, text: str = TEST_FILE) -> None:
         self.mark = uuid.uuid4().hex
         folder.mkdir()
-        (folder / "test_hang.py").write_text(textwrap.dedent(TEST_FILE))
+        (folder / "test_hang.py").write_text(textwrap.dedent(text))
         (folder / "tmp").mkdir()
         self.temporary = folder / "tmp"
         environ = {
@@ -96,9 +96,9 @@ class Session:
         )  # fmt: skip
         self._ready = [folder / f"ready{rank}" for rank in range(2)]
 
-    def wait_for_ranks(self) -> None:
+    def wait_for_ranks(self, processes: int = 6) -> None:
         assert wait_until(lambda: all(path.exists() for path in self._ready), 90), self.process.poll()
-        assert len(marked(self.mark)) >= 6  # pytest, server, two ranks, two grandchildren
+        assert len(marked(self.mark)) >= processes  # pytest, server, two ranks, two grandchildren
 
     def finish(self) -> str:
         output, _ = self.process.communicate(timeout=60)

@@ -1,0 +1,243 @@
+"""What a function may leave behind in a rank that is to be used again, and how that is noticed.
+
+A ``Probe`` reads one piece of state. Once the rank is ready its values are taken; after each call they are
+read again, and whatever differs is dirt: a line for people. What changes by right from call to call
+(environment, working directory) is read again as each call begins. The probes of torch are in
+``dirt_torch``.
+
+Not seen: the state of modules that the function imported or changed; C code that changes things behind
+Python's back; files.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import decimal
+import gc
+import locale
+import logging
+import operator
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+from . import process
+
+Probe = Callable[[], object]
+
+MORE_FILES = 32
+"""Open files that ranks may gain over their life: connections and libraries open some."""
+MORE_MEMORY = 1 << 30
+"""Bytes that a rank may gain over its life: allocators keep what a large test has freed."""
+_LAST_STEPS = 1.0
+"""Seconds for threads that were told to end and not waited for: a queue's feeder, a pool's workers."""
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Baseline:
+    """How a rank is when it is clean."""
+
+    def __init__(self, fixed: Mapping[str, Probe], by_call: Mapping[str, Probe]) -> None:
+        self._by_call = dict(by_call)
+        self._probes = {**fixed, **by_call}
+        self._values: dict[str, object] = {}
+        for name, probe in self._probes.items():
+            with contextlib.suppress(Exception):  # this torch or this kernel does not know it
+                self._values[name] = probe()
+        self._files, self._memory = open_files(), resident()
+
+    def begin(self) -> None:
+        """Takes what is this call's own."""
+        for name, probe in self._by_call.items():
+            self._values[name] = probe()
+
+    def dirt(self) -> list[str]:
+        """A line for each thing that is not as it was."""
+        found = []
+        for name, before in self._values.items():
+            try:
+                after = self._probes[name]()
+                if after != before:
+                    found.append(f"{name}: {changed(before, after)}")
+            except Exception as error:  # whatever stops it from being read was left behind too
+                found.append(f"{name} cannot be read any more: {type(error).__name__}: {error}"[:300])
+        return found + self._growth()
+
+    def _growth(self) -> list[str]:
+        found = []
+        if (files := open_files()) > self._files + MORE_FILES:
+            found.append(f"open files: grew from {self._files} to {files}")
+        if (memory := resident()) > self._memory + MORE_MEMORY:
+            found.append(f"memory: grew from {self._memory >> 20} to {memory >> 20} MiB")
+        return found
+
+
+def changed(before: object, after: object) -> str:
+    """The difference in a few words."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        words = [f"{key} left" for key in after.keys() - before.keys()]
+        words += [f"{key} gone" for key in before.keys() - after.keys()]
+        words += [f"{key} changed" for key in before.keys() & after.keys() if before[key] != after[key]]
+        return ", ".join(sorted(words)[:5])
+    if isinstance(before, list) and isinstance(after, list):
+        return f"changed ({len(before)} entries became {len(after)})"
+    return f"{before!s:.60} became {after!s:.60}"
+
+
+def open_files() -> int:
+    """How many descriptors this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * _PAGE
+
+
+def by_call() -> dict[str, Probe]:
+    """State that each call has its own of."""
+    return {
+        "environment": lambda: dict(os.environ),
+        "working directory": os.getcwd,
+        "sys.path": lambda: list(sys.path),
+        "sys.argv": lambda: list(sys.argv),
+    }
+
+
+def python() -> dict[str, Probe]:
+    """State of the process and of the interpreter."""
+    return {
+        "threads": _threads_once_ended(),
+        "child processes": process.has_children,
+        "signal handlers": _signal_handlers,
+        "signal mask": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, []),
+        "timers": lambda: [signal.getitimer(which)[0] > 0 for which in _TIMERS],
+        "umask": _umask,
+        "resource limits": lambda: {name: resource.getrlimit(which) for name, which in _LIMITS.items()},
+        "priority": lambda: (os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)),
+        "standard streams": _streams,
+        "interpreter hooks": _hooks,
+        "interpreter limits": lambda: (sys.getrecursionlimit(), sys.getswitchinterval()),
+        "garbage collector": lambda: (gc.isenabled(), gc.get_threshold(), len(gc.callbacks)),
+        "import hooks": lambda: [list(sys.meta_path), list(sys.path_hooks)],
+        "warnings filters": lambda: list(warnings.filters),
+        "logging": _logging,
+        "locale": lambda: locale.setlocale(locale.LC_ALL),
+        "decimal context": lambda: repr(decimal.getcontext()),
+    }
+
+
+_TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+_LIMITS = {
+    name: getattr(resource, name) for name in ("RLIMIT_AS", "RLIMIT_CPU", "RLIMIT_NOFILE", "RLIMIT_DATA")
+}
+
+
+def _threads_once_ended() -> Probe:
+    usual = len(_threads())
+
+    def threads() -> dict[str, int]:
+        limit = time.monotonic() + _LAST_STEPS
+        while len(found := _threads()) > usual and time.monotonic() < limit:
+            time.sleep(0.001)
+        return found
+
+    return threads
+
+
+def _threads() -> dict[str, int]:
+    # Dummies stand for threads of C code that came through Python once, such as autograd's.
+    return {
+        f"{thread.name} ({thread.ident})": 1
+        for thread in threading.enumerate()
+        if not isinstance(thread, threading._DummyThread)
+    }
+
+
+def _signal_handlers() -> dict[str, object]:
+    return {number.name: _handler(number) for number in signal.Signals}
+
+
+def _handler(number: signal.Signals) -> object:
+    handler = signal.getsignal(number)
+    # The first data loader with workers installs one for good, which minds its own workers alone.
+    by_a_loader = getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling"
+    return signal.SIG_DFL if by_a_loader else handler
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _streams() -> dict[str, object]:
+    streams = {name: getattr(sys, name) for name in ("stdin", "stdout", "stderr")}
+    return {f"sys.{name}": (id(stream), stream.closed) for name, stream in streams.items()}
+
+
+def _hooks() -> dict[str, object]:
+    return {
+        "sys.excepthook": sys.excepthook,
+        "sys.displayhook": sys.displayhook,
+        "sys.unraisablehook": sys.unraisablehook,
+        "threading.excepthook": threading.excepthook,
+        "sys.settrace": sys.gettrace(),
+        "sys.setprofile": sys.getprofile(),
+        "threading.settrace": threading.gettrace(),
+        "threading.setprofile": threading.getprofile(),
+    }
+
+
+def _logging() -> dict[str, object]:
+    """The root logger and what was set on others; a logger that an import brings along is none of it."""
+    found: dict[str, object] = {"disable": logging.root.manager.disable}
+    for name, logger in [("root", logging.root), *logging.root.manager.loggerDict.items()]:
+        if isinstance(logger, logging.Logger) and (name == "root" or name in _known_loggers()):
+            found[name] = (logger.level, logger.disabled, logger.propagate, list(logger.handlers))
+    return found
+
+
+_loggers: set[str] = set()
+
+
+def _known_loggers() -> set[str]:
+    if not _loggers:
+        _loggers.update(logging.root.manager.loggerDict)
+    return _loggers
+
+
+class Attributes:
+    """Functions and classes of some modules, to see that none was replaced. Attributes that come are fine."""
+
+    def __init__(self, *namespaces: type | ModuleType) -> None:
+        self._known = []
+        for space in namespaces:
+            names = [name for name, value in vars(space).items() if callable(value)]
+            self._known.append((space, names, [vars(space)[name] for name in names]))
+
+    def __call__(self) -> dict[str, str]:
+        """The replaced ones, by name; none when clean."""
+        found: dict[str, str] = {}
+        for space, names, values in self._known:
+            now = list(map(vars(space).get, names))
+            if not all(map(_is, now, values)):
+                pairs = zip(names, now, values, strict=True)
+                found.update({f"{space.__name__}.{name}": "" for name, a, b in pairs if a is not b})
+        return found
+
+
+_is = operator.is_
+
+
+STANDARD = (builtins, os, time, random, warnings)
+"""Modules whose functions tests like to replace."""
