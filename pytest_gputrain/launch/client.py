@@ -111,6 +111,11 @@ class ServerHandle:
                 wire.send(self.sock, {"op": "preload", "names": names})
 
     @property
+    def pid(self) -> int:
+        """The server's process."""
+        return self._process.pid
+
+    @property
     def alive(self) -> bool:
         """Whether the process is there."""
         return self._process.poll() is None
@@ -130,7 +135,7 @@ class ServerHandle:
 
     def children(self) -> list[int]:
         """Living processes whose parent the server is: ranks, and what they have left to it."""
-        pid = self._process.pid
+        pid = self.pid
         try:
             with open(f"/proc/{pid}/task/{pid}/children") as file:
                 pids = [int(word) for word in file.read().split()]

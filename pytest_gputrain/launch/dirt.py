@@ -223,20 +223,22 @@ class Attributes:
         self._known = []
         for space in namespaces:
             names = [name for name, value in vars(space).items() if callable(value)]
-            self._known.append((space, names, [vars(space)[name] for name in names]))
+            read = operator.itemgetter(*names)  # thousands of names, after every call: in C
+            self._known.append((space, names, read, read(vars(space))))
 
     def __call__(self) -> dict[str, str]:
         """The replaced ones, by name; none when clean."""
         found: dict[str, str] = {}
-        for space, names, values in self._known:
-            now = list(map(vars(space).get, names))
-            if not all(map(_is, now, values)):
-                pairs = zip(names, now, values, strict=True)
-                found.update({f"{space.__name__}.{name}": "" for name, a, b in pairs if a is not b})
+        for space, names, read, values in self._known:
+            try:
+                if read(vars(space)) == values:
+                    continue
+            except KeyError:  # one was deleted
+                pass
+            now = map(vars(space).get, names)
+            pairs = zip(names, now, values, strict=True)
+            found.update({f"{space.__name__}.{name}": "" for name, a, b in pairs if a is not b})
         return found
-
-
-_is = operator.is_
 
 
 STANDARD = (builtins, os, time, random, warnings)

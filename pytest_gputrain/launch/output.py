@@ -104,7 +104,11 @@ def grouped(texts: dict[int, str]) -> list[tuple[list[int], str]]:
     return [(ranks, text) for text, ranks in groups.items()]
 
 
+FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+"""How a stream is opened. O_APPEND, so that holes and restarts lose nothing."""
+
+
 def open_stream(path: Path) -> int:
-    """A descriptor to write a stream to. O_APPEND, so that holes and restarts lose nothing."""
+    """A descriptor to write a stream to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    return os.open(path, FLAGS, 0o644)

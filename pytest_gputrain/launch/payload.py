@@ -74,16 +74,26 @@ def _dumps(value: object) -> bytes:
     return data
 
 
+_seen: tuple[int, str, list[ModuleType]] = (0, "", [])
+
+
 def _rewritten_modules() -> list[ModuleType]:
     """Test modules and conftests: what pytest's import hook has loaded, installed plugins aside."""
-    return [
-        module
-        for module in list(sys.modules.values())
-        if type(getattr(getattr(module, "__spec__", None), "loader", None)).__name__
-        == "AssertionRewritingHook"
+    global _seen
+    state = (len(sys.modules), next(reversed(sys.modules)))
+    if _seen[:2] != state:  # looking at two thousand modules takes longer than sending a call
+        found = [module for module in list(sys.modules.values()) if _is_rewritten(module)]
+        _seen = (*state, found)
+    return _seen[2]
+
+
+def _is_rewritten(module: ModuleType) -> bool:
+    loader = getattr(getattr(module, "__spec__", None), "loader", None)
+    return (
+        type(loader).__name__ == "AssertionRewritingHook"
         and "-packages" not in (getattr(module, "__file__", None) or "")
         and module.__name__.partition(".")[0] != "pytest_gputrain"
-    ]
+    )
 
 
 @contextlib.contextmanager

@@ -126,6 +126,18 @@ def is_alive(pid: int) -> bool:
     return False
 
 
+def trouble(pid: int) -> str | None:
+    """``died`` or ``stopped`` for a process that is, or will be by a signal that it has yet to take."""
+    fields = {}
+    with suppress(OSError), open(f"/proc/{pid}/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    state = fields.get("State", "X").strip()[0]
+    pending = int(fields.get("SigPnd", "0"), 16) | int(fields.get("ShdPnd", "0"), 16)
+    if state in "ZX" or pending & 1 << signal.SIGKILL - 1:
+        return "died"
+    return "stopped" if state in "Tt" or pending & 1 << signal.SIGSTOP - 1 else None
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process is stopped by a signal."""
     with suppress(psutil.Error):

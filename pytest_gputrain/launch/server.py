@@ -79,8 +79,6 @@ class Server:
                 self._end()
             elif header["op"] == "temporary":
                 self._temporary = header["folder"]
-                if header["answer"]:  # so that the owner knows this process to be there
-                    wire.send(self._control, {"event": "here"})
             elif header["op"] == "preload":
                 _import(header["names"])
                 gc.freeze()

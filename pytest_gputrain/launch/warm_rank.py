@@ -62,9 +62,6 @@ class _Kept:
         self._run(call)
         for header, body in self._link.requests():
             self._prepare(header)
-            self._link.hello()
-            if next(self._link.requests(), None) is None:  # "go": every rank is there
-                return
             self._run(body)
 
     def _prepare(self, header: Mapping[str, Any]) -> None:
@@ -101,7 +98,9 @@ class _Kept:
             return target(*args, **kwargs)
 
     def _dirt(self) -> list[str]:
-        gc.collect()  # what waits for a collection (a generator, a pool) would act in somebody else's call
+        # What waits for a collection (a generator, a pool) would act in somebody else's call. What the call
+        # made is young: older objects are left to the collections that come by themselves.
+        gc.collect(1)
         found = self._traffic.dirt() + self.baseline.dirt()
         return found + dirt_torch.gpu_dirt(self._gpu_memory)
 
@@ -117,7 +116,7 @@ def point_at(folder: Path, streams: Mapping[str, int]) -> None:
     """Has a rank's descriptors write to files in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, number in streams.items():
-        fd = output.open_stream(folder / name)
+        fd = os.open(f"{folder}/{name}", output.FLAGS, 0o644)
         os.dup2(fd, number, inheritable=number < 3)
         os.close(fd)
 

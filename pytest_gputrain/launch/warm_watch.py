@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import selectors
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import wire
+from . import process, wire
 from .client import ServerHandle
-from .errors import ServerLost
 from .member import Member
 from .supervise import Supervision
 from .verdict import Ending
 
-ANSWER_DEADLINE = 30.0
-"""Seconds for idle ranks to take a call and answer; one that does not is stopped, or the machine is."""
+SEND_DEADLINE = 30.0
+"""Seconds for an idle rank to take a call."""
 
 
 _OF_THE_CALL = ("folder", "environ", "sys_path", "argv", "cwd", "trace", "timeout", "stall")
@@ -36,8 +36,6 @@ class WarmSupervision(Supervision):
     ) -> None:
         super().__init__(server, members, spec, folder)
         self.recycled: str | None = None
-        self._ready: set[int] = set()
-        self._server_is_here = False
 
     @property
     def kept(self) -> bool:
@@ -45,67 +43,38 @@ class WarmSupervision(Supervision):
         return self._decided and self.recycled is None
 
     def hand_over(self, call: bytes) -> None:
-        """Gives the call to ranks that wait for one. Raises Stale as long as none of them has begun it."""
-        self._selector.register(self.server.sock, 1, None)
+        """Gives the call to ranks that wait for one. Raises Stale as long as none of them has it."""
+        self._look_for_dead()
         request = {name: self._spec[name] for name in _OF_THE_CALL}
-        limit = time.monotonic() + min(ANSWER_DEADLINE, max(1.0, self._spec["timeout"]))
-        try:
-            temporary = self._spec["folder"] if self._spec["temporary"] else None
-            wire.send(self.server.sock, {"op": "temporary", "folder": temporary, "answer": True})
-            for member in self.members:
-                self._send(member, request, call, limit)
-            while not self._all_here() and time.monotonic() < limit:
-                self._receive(0.05)
-                self._look_for_dead()
-        except (OSError, ServerLost):
-            self._receive_what_is_there()
-            self._look_for_dead()
-            raise Stale("the ranks died while idle") from None
-        if not self._all_here():
-            silent = next((m for m in self.members if m.rank not in self._ready), None)
-            if silent is None:
-                raise Stale("the process that forked the ranks did not answer when the next call came")
-            raise Stale(f"rank {silent.rank} (pid {silent.pid}) did not answer when the next call came")
-        self._go()
-
-    def _all_here(self) -> bool:
-        return self._server_is_here and len(self._ready) == len(self.members)
-
-    def _send(self, member: Member, request: dict[str, Any], call: bytes, limit: float) -> None:
-        assert member.sock is not None
-        member.sock.settimeout(max(0.01, limit - time.monotonic()))
-        wire.send(member.sock, request, call)
-        self._watch(member.sock, member)
-
-    def _go(self) -> None:
-        """Every rank is there: from here on, what goes wrong is the call's."""
-        for member in self.members:
-            member.last_moved = time.monotonic()
+        self._selector.register(self.server.sock, selectors.EVENT_READ, None)
         self.began = self._last_news = self._last_sample = time.monotonic()
         self._forked = True
-        for member in self.members:
-            assert member.sock is not None
-            with contextlib.suppress(OSError):  # the server tells that it died
-                wire.send(member.sock, {"op": "go"})
+        try:
+            if self._spec["temporary"]:
+                wire.send(self.server.sock, {"op": "temporary", "folder": self._spec["folder"]})
+            self._send(self.members[0], request, call)
+        except OSError:
+            raise Stale("the ranks died while idle") from None
+        for member in self.members[1:]:
+            with contextlib.suppress(OSError):  # from here on, what goes wrong is the call's
+                self._send(member, request, call)
 
-    def _receive_what_is_there(self) -> None:
-        with contextlib.suppress(OSError, ServerLost):
-            self._receive_until(lambda: any(member.exit for member in self.members), 1.0)
+    def _send(self, member: Member, request: dict[str, Any], call: bytes) -> None:
+        assert member.sock is not None
+        member.last_moved = self.began
+        member.sock.settimeout(SEND_DEADLINE)
+        try:
+            wire.send(member.sock, request, call)
+        finally:
+            self._watch(member.sock, member)
 
     def _look_for_dead(self) -> None:
+        """Raises Stale for processes that have died or are about to: a signal on its way counts."""
+        if (state := process.trouble(self.server.pid)) is not None:
+            raise Stale(f"the process that forked the ranks {state} while idle")
         for member in self.members:
-            if (exit_ := member.exit) is not None:
-                how = exit_["signal"] or f"exit code {exit_['exit_code']}"
-                raise Stale(f"rank {member.rank} (pid {member.pid}) died while idle: {how}")
-
-    def _rank_event(self, member: Member, header: dict[str, Any], body: bytes) -> None:
-        super()._rank_event(member, header, body)
-        if header["kind"] == "hello":
-            self._ready.add(header["rank"])
-
-    def _server_event(self, header: dict[str, Any]) -> None:
-        super()._server_event(header)
-        self._server_is_here |= header["event"] == "here"
+            if (state := process.trouble(member.pid or 0)) is not None:
+                raise Stale(f"rank {member.rank} (pid {member.pid}) {state} while idle")
 
     # -- the end ------------------------------------------------------------------------------------
 
@@ -113,7 +82,8 @@ class WarmSupervision(Supervision):
         """Lets the ranks be if they are clean; otherwise ends them as any launch's."""
         self.recycled = self._why_recycled(ending)
         if self.recycled is None:
-            wire.send(self.server.sock, {"op": "temporary", "folder": None, "answer": False})
+            if self._spec["temporary"]:
+                wire.send(self.server.sock, {"op": "temporary", "folder": None})
             self._decided = True
         else:
             super().end(ending)
