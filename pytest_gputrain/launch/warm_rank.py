@@ -81,21 +81,22 @@ class _Kept:
     def _run(self, call: bytes) -> None:
         try:
             # A context of its own, so that context variables do not outlive the call.
-            value = contextvars.copy_context().run(self._call, call)
+            value, location = contextvars.copy_context().run(self._call, call)
             body = rank.pack(value, self._number)
             del value
             rank.flush()
-            self._link.report("passed", body, dirt=self._dirt(), figures=self._traffic.figures())
+            found = {"dirt": self._dirt(), "figures": self._traffic.figures()}
+            self._link.report("passed", body, imported=[], location=location, **found)
         except BaseException as error:
             rank.flush()
             state, details = rank.describe(error)
-            self._link.report(state, **details)
+            self._link.report(state, getattr(error, rank.ATTACHED, b""), **details)
         self._rest()
 
-    def _call(self, call: bytes) -> object:
+    def _call(self, call: bytes) -> tuple[object, str | None]:
         target, args, kwargs = payload.unpack_call(call)
         with rank.tracing(self._spec, self._number):
-            return target(*args, **kwargs)
+            return recorder.called(target, args, kwargs)
 
     def _dirt(self) -> list[str]:
         # What waits for a collection (a generator, a pool) would act in somebody else's call. What the call
