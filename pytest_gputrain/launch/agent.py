@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import process, rank, script
+from . import place, process, rank, script
 
 
 def run(spec: Mapping[str, Any], number: int, fds: Sequence[int], parent: int) -> NoReturn:
@@ -26,7 +26,7 @@ def run(spec: Mapping[str, Any], number: int, fds: Sequence[int], parent: int) -
     per_node = spec["nproc"] + 1
     mine = list(fds[number * per_node : (number + 1) * per_node])
     search_path = list(sys.path)
-    rank.take_place(parent, Path(spec["folder"]), -1 - number, spec["environ"], spec["cwd"])
+    place.take_place(parent, Path(spec["folder"]), -1 - number, spec["environ"], spec["cwd"])
     _replace_popen(spec, mine[0], mine[1:], search_path)
     import torch.distributed.run as torchrun
 
@@ -114,7 +114,7 @@ class ForkedProcess:
         if self.pid == 0:
             try:
                 fd = rank_fds[int(env["LOCAL_RANK"])]
-                rank.take_place(agent, Path(spec["folder"]), self._rank, env, None)
+                place.take_place(agent, Path(spec["folder"]), self._rank, env, None)
                 os.write(ready_write, b"1")
                 _close_links(rank_fds, keep=fd)
                 _threads_as_told(env)

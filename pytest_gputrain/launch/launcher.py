@@ -243,11 +243,8 @@ def _warm(spec: dict[str, Any], call: bytes, size: int, folder: Path) -> LaunchR
     """The launch by ranks that may have been there already and may stay."""
     began = time.monotonic()
 
-    def conclude(supervision: Supervision, ending: Ending, seconds: float) -> LaunchResult:
-        return concluded(supervision, "function", ending, seconds, folder)
-
     try:
-        return warm.watched(spec, call, folder, conclude)
+        return warm.watched(spec, call, folder)
     except ServerLost as error:
         ranks = [RankResult(rank, "ended") for rank in range(size)]
         lost = Cause(None, "server", str(error))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import output, process, stacks
 from .member import Member
-from .rank import DUMP_SIGNAL
+from .place import DUMP_SIGNAL
 
 LOOKS = 5
 """Looks at a slow rank: enough to tell the line that costs from one that was met by chance."""

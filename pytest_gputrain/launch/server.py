@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import output, pages, process, rank, recorder, warm_rank, wire
+from . import output, pages, place, process, rank, recorder, warm_rank, wire
 
 _ORPHAN_CHECK = 1.0  # seconds between looks at the parent, for owners whose socket a forked child keeps open
 
@@ -137,7 +137,7 @@ class Server:
         link = rank.Link(fds[number], number)
         own = {"RANK": str(number), "LOCAL_RANK": str(number)}
         environ = {**spec["environ"], **own}
-        streams = rank.take_place(parent, Path(spec["folder"]), number, environ, spec["cwd"])
+        streams = place.take_place(parent, Path(spec["folder"]), number, environ, spec["cwd"])
         sys.path[:] = spec["sys_path"]
         sys.argv[:] = spec["argv"]
         listen_fd = None

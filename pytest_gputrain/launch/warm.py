@@ -14,16 +14,16 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import client, sweep
 from .client import ServerHandle
+from .conclude import concluded
 from .member import Member
 from .result import LaunchResult
-from .verdict import Ending
 from .warm_watch import Stale, WarmSupervision
 
 MOST_IDLE_RANKS = 16
@@ -35,8 +35,6 @@ _READ_AT_START = (
     "TORCH", "PYTORCH", "NCCL_", "GLOO_", "CUDA_", "NVIDIA_", "UCX_", "FI_", "TZ", "LANG", "LC_",
 )  # fmt: skip
 """Variables that only a new process, a new CUDA context or a new process group reads (see client, too)."""
-
-Conclude = Callable[[WarmSupervision, Ending, float], LaunchResult]
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def key_of(spec: dict[str, Any]) -> Hashable:
     return spec["world_size"], spec["device"], spec["backend"], start, read, tuple(spec["sys_path"])
 
 
-def watched(spec: dict[str, Any], call: bytes, folder: Path, conclude: Conclude) -> LaunchResult:
+def watched(spec: dict[str, Any], call: bytes, folder: Path) -> LaunchResult:
     """One warm launch. Whatever happens, nothing of it runs afterwards but clean, idle ranks.
 
     Raises ServerLost when the fork server died during it.
@@ -142,7 +140,7 @@ def watched(spec: dict[str, Any], call: bytes, folder: Path, conclude: Conclude)
         ending = supervision.watch()
         seconds = time.monotonic() - supervision.began
         supervision.end(ending)
-        result = conclude(supervision, ending, seconds)
+        result = concluded(supervision, "function", ending, seconds, folder)
         if not result.passed:
             reason = f"{result.verdict}: {result.cause}"
             if supervision.kept:

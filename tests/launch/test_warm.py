@@ -221,7 +221,7 @@ VERDICTS: list[tuple[Callable[[], Any], Verdict, str, dict[str, float]]] = [
     (exits, Verdict.FAILED, "rank 1 raised SystemExit: sys.exit(3)", {}),
     (leaves_behind_pythons_back, Verdict.CRASHED, "rank 1 left with exit code 0 before it was done", {}),
     (is_killed, Verdict.CRASHED, "rank 0 was killed by SIGKILL", {}),
-    (does_not_come, Verdict.HUNG, "rank 1 had finished while rank 0 waits for it in a collective", {}),
+    (does_not_come, Verdict.HUNG, "rank 1 never reached all_reduce #", {}),
     (stops_moving, Verdict.HUNG, "stopped moving", {"stall": 1}),
     (loops, Verdict.TIMED_OUT, "rank 0 was still running after", {"timeout": 3}),
     (skips, Verdict.SKIPPED, "no data", {}),
