@@ -25,7 +25,9 @@ from . import rank
 # differently when they believe they are under pytest.
 _NOT_FOR_SCRIPTS = ("pytest", "_pytest", "pluggy", "iniconfig", "xdist", "execnet", "pytest_gputrain.plugin")
 # Any of these loads what the phase plan hooks into a rank.
-_STUDIED = ("GPUTRAIN_STUDY", "GPUTRAIN_MAX_STEPS", "GPUTRAIN_BACKEND", "GPUTRAIN_SEED")
+_STUDIED = (
+    "GPUTRAIN_STUDY", "GPUTRAIN_MAX_STEPS", "GPUTRAIN_BACKEND", "GPUTRAIN_SEED", "GPUTRAIN_DDP_NO_SYNC"
+)  # fmt: skip
 
 
 def run(
