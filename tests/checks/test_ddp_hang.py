@@ -27,6 +27,7 @@ def test_the_three_branch_model_passes(run_child: Run, tmp_path: Path) -> None:
         assert f"| [branch:{branch}](" in summary.read_text()
 
 
+@pytest.mark.slow
 def test_a_broken_case_fails_with_the_cause_and_the_advice(run_child: Run, tmp_path: Path) -> None:
     case = "tests.planted.diagnosed:one_branch_hangs"
     result = run_child(
