@@ -47,7 +47,7 @@ class Session:
         self._stack = contextlib.ExitStack()
         self._installed = False
         self._depth = self._backwards = self._counted = 0
-        self._stepped_within = False
+        self._stepped_within = self._has_optimizer = False
 
     def install(self) -> Session:
         """Imports torch and hooks it."""
@@ -55,7 +55,7 @@ class Session:
         self._installed = True
         enter(patched_backward(self._backward))
         enter(OptimizerWatch(None, self._steps, self._steps))
-        enter(_watched_groups(self.models.holding))
+        enter(_watched_groups(self._group_added))
         enter(patched_constructor(self.rewiring.ddp_options, self._wrapping, self._wrapped))
         if "module_bwd" in on:
             enter(self.modules.hooked())
@@ -98,6 +98,10 @@ class Session:
         self.models.meet(module)
         return "module_bwd" not in self.switches.tracers and not self.rewiring.unmet
 
+    def _group_added(self, parameters: Iterable[Any]) -> None:
+        self._has_optimizer = True
+        self.models.holding(parameters)
+
     def _wrapping(self, module: Any) -> None:
         self.progress.beat()
         self.models.meet(module)
@@ -127,7 +131,9 @@ class Session:
         for buckets in self.buckets:
             buckets.end()
         self.progress.beat()
-        if self._stepped_within:  # optimizers that step in gradient hooks, parameter by parameter
+        # Optimizers may step in gradient hooks, parameter by parameter. Without one of torch's, each backward
+        # is taken for a step.
+        if self._stepped_within or not self._has_optimizer:
             self._stepped_within = False
             self._end_step(None)
         return outcome
@@ -167,6 +173,8 @@ class Session:
             if "grads" in self.switches.tracers:
                 label = model.label if several else None
                 self.sink.write("grads", gradient_lines(self.progress.step, num_arrived, missing, label))
+            if self.progress.step == 1 and self._installed:
+                self.rewiring.require_effect()
 
     def _count_step(self) -> None:
         """Two models trained by the same backward passes make one step."""

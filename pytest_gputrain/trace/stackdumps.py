@@ -58,7 +58,7 @@ def native_stacks() -> str:
     program = str(beside) if beside.is_file() else shutil.which("py-spy")
     if program is None:
         return ""
-    command = [program, "dump", "--native", "--nonblocking", "--pid", str(os.getpid())]
+    command = [program, "dump", "--native", "--pid", str(os.getpid())]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_PY_SPY_SECONDS,
