@@ -86,12 +86,14 @@ class Watchdog:
         if self._dumps >= MOST_DUMPS:
             return None
         self._dumps += 1
+        # py-spy computes for seconds, which the launch would take for movement: only for who asked.
+        native = stackdumps.native_stacks() if pending else ""
         parts = [
             f"rank {self._rank}, pid {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}: {why}\n",
             f"--- traces\n{self._traces()}",
             f"--- stacks\n{stackdumps.python_stacks()}",
             f"--- stacks by faulthandler, as it was asked\n{pending}" if pending else "",
-            f"--- native stacks (py-spy)\n{native}" if (native := stackdumps.native_stacks()) else "",
+            f"--- native stacks (py-spy)\n{native}" if native else "",
         ]
         return stackdumps.write(self._folder, self._rank, "\n".join(part for part in parts if part))
 

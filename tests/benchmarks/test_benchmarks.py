@@ -84,7 +84,15 @@ def test_compare_names_every_difference() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["fresh_launch", "leases", "torchrun_script", "suite_20_tests", "deadlock_analysis", "certain_deadlock"],
+    [
+        "fresh_launch",
+        "leases",
+        "torchrun_script",
+        "suite_20_tests",
+        "deadlock_analysis",
+        "certain_deadlock",
+        "tracing_cost",
+    ],
 )
 def test_a_quick_run_gets_to_its_end(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--results", str(tmp_path)]
