@@ -7,9 +7,11 @@ module of theirs, this one imports torch at the top, so every new interpreter pa
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,20 @@ def all_reduce_once() -> float:
     return tensor.item()
 
 
-def spawn_processes() -> None:
+def is_killed() -> float:
+    """The work of ranks of which the second is killed."""
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return all_reduce_once()
+
+
+def spawn_processes(work: Callable[[], float] = all_reduce_once) -> None:
     """N spawned processes that meet by environment variables: DeepSpeed's ``non_daemonic_procs``."""
     context = mp.get_context("spawn")
     port = _free_port()
-    processes = [context.Process(target=_rank_by_environment, args=(n, port)) for n in range(WORLD_SIZE)]
+    processes = [
+        context.Process(target=_rank_by_environment, args=(n, port, work)) for n in range(WORLD_SIZE)
+    ]
     deadline = time.monotonic() + TIMEOUT
     try:
         for process in processes:
@@ -50,12 +61,12 @@ def spawn_processes() -> None:
                 process.kill()
 
 
-def _rank_by_environment(rank: int, port: int) -> None:
+def _rank_by_environment(rank: int, port: int, work: Callable[[], float]) -> None:
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     dist.init_process_group("gloo", init_method="env://")
     dist.barrier()
-    all_reduce_once()
+    work()
     dist.destroy_process_group()
 
 
