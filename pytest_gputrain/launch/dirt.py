@@ -216,14 +216,18 @@ def _known_loggers() -> set[str]:
     return _loggers
 
 
+def _may_be_replaced(name: str, value: object) -> bool:
+    return callable(value) and (not name.startswith("_") or name in ("__init__", "__call__"))
+
+
 class Attributes:
-    """Functions and classes of some modules, to see that none was replaced. Attributes that come are fine."""
+    """Public functions and classes of some modules, to see that none was replaced. What comes new is fine."""
 
     def __init__(self, *namespaces: type | ModuleType) -> None:
         self._known = []
         for space in namespaces:
-            names = [name for name, value in vars(space).items() if callable(value)]
-            read = operator.itemgetter(*names)  # thousands of names, after every call: in C
+            names = [name for name, value in vars(space).items() if _may_be_replaced(name, value)]
+            read = operator.itemgetter(*names)  # a thousand names, after every call: in C
             self._known.append((space, names, read, read(vars(space))))
 
     def __call__(self) -> dict[str, str]:

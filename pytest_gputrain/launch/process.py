@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -126,12 +127,16 @@ def is_alive(pid: int) -> bool:
     return False
 
 
+_STATUS = re.compile(r"^(State|SigPnd|ShdPnd):\s*(\S+)", re.MULTILINE)
+
+
 def trouble(pid: int) -> str | None:
     """``died`` or ``stopped`` for a process that is, or will be by a signal that it has yet to take."""
-    fields = {}
+    text = ""
     with suppress(OSError), open(f"/proc/{pid}/status") as file:
-        fields = dict(line.split(":", 1) for line in file)
-    state = fields.get("State", "X").strip()[0]
+        text = file.read()
+    fields = dict(_STATUS.findall(text))
+    state = fields.get("State", "X")[0]
     pending = int(fields.get("SigPnd", "0"), 16) | int(fields.get("ShdPnd", "0"), 16)
     if state in "ZX" or pending & 1 << signal.SIGKILL - 1:
         return "died"

@@ -75,7 +75,6 @@ class _Kept:
         sys.path[:], sys.argv[:] = header["sys_path"], header["argv"]
         os.chdir(header["cwd"])
         tempfile.tempdir = None  # it follows TMPDIR
-        dirt_torch.renew()
         self.baseline.begin()
 
     def _run(self, call: bytes) -> None:
@@ -106,7 +105,8 @@ class _Kept:
         return found + dirt_torch.gpu_dirt(self._gpu_memory)
 
     def _rest(self) -> None:
-        """Between calls nothing is written to the folder of the last one."""
+        """Between calls nothing is written to the folder of the last one. What takes time is done now."""
+        dirt_torch.renew()
         devnull = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         for fd in self._streams.values():
             os.dup2(devnull, fd, inheritable=fd < 3)
