@@ -44,7 +44,10 @@ class Frame:
 
     def __str__(self) -> str:
         """``file:line in function``, the file relative to the working directory if it is below it."""
-        file = self.file.removeprefix(os.getcwd() + os.sep)
+        try:
+            file = self.file.removeprefix(os.getcwd() + os.sep)
+        except FileNotFoundError:  # the user's function has removed the folder it was in
+            file = self.file
         return f"{file}:{self.line} in {self.function}"
 
 

@@ -131,6 +131,15 @@ def test_variables_that_python_reads_at_its_start_count_too() -> None:
     assert again.values[0] == result.values[0]
 
 
+def test_a_working_directory_that_is_removed_is_no_failure() -> None:
+    def program() -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+        return 1
+
+    assert launch(program).values == [1, 1]
+
+
 def test_each_launch_is_fresh() -> None:
     def program() -> Any:
         import torch
