@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Who waits looks several times a second. One that has not for so long is stopped (Ctrl-Z, a debugger), and
 # the others do not wait for it.
 ASLEEP = 20.0
+MOST_NUMBER = 2**63
+"""Nanoseconds since the epoch stay below it for two centuries."""
 
 
 class Request(NamedTuple):
@@ -95,8 +97,8 @@ class Place:
         found = {}
         for uuid in held:
             record = self._folder.read(gpu_name(uuid))
-            since, seconds = record.get("since"), record.get("seconds")
-            if isinstance(since, (int, float)) and isinstance(seconds, (int, float)):
+            since, seconds = as_seconds(record.get("since")), as_seconds(record.get("seconds"))
+            if since is not None and seconds is not None:
                 found[uuid] = max(0.0, since + seconds - now)
         return found
 
@@ -138,11 +140,17 @@ class Place:
 
 def read_ticket(record: Mapping[str, Any], now: float) -> Ticket | None:
     """Return the ticket that a record describes, or None when it is none."""
-    number, num_gpus = record.get("number"), record.get("num_gpus")
-    candidates, seconds = record.get("candidates"), record.get("seconds")
+    number, num_gpus, candidates = (record.get(name) for name in ("number", "num_gpus", "candidates"))
     if not isinstance(number, int) or not isinstance(num_gpus, int) or not isinstance(candidates, list):
         return None
-    if not all(isinstance(candidate, str) for candidate in candidates):
+    if not 0 < number < MOST_NUMBER or num_gpus < 1 or not all(isinstance(one, str) for one in candidates):
         return None
-    seconds = float(seconds) if isinstance(seconds, (int, float)) else None
-    return Ticket(number, num_gpus, tuple(candidates), now - number / 1e9, seconds)
+    waited = now - number / 1e9
+    return Ticket(number, num_gpus, tuple(candidates), waited, as_seconds(record.get("seconds")))
+
+
+def as_seconds(value: object) -> float | None:
+    """What can be believed of a number that anything may have written; JSON knows NaN and any size."""
+    if isinstance(value, (int, float)) and -MOST_NUMBER < value < MOST_NUMBER:
+        return float(value)
+    return None

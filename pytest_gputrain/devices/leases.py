@@ -113,7 +113,7 @@ def acquire(
             place.request = request._replace(candidates=avoided.others(request.candidates))
             if len(place.request.candidates) < request.num_gpus:
                 place.give_up()  # nothing is kept for a request that cannot start yet
-                avoided.raise_after(OCCUPIED_DEADLINE, request.num_gpus)
+                avoided.raise_after(OCCUPIED_DEADLINE if waited < deadline else 0.0, request.num_gpus)
             elif (locks := place.try_take()) is not None:
                 if (lease := _checked(folder, request, locks, waited, avoided)) is not None:
                     return lease
@@ -174,7 +174,7 @@ class _Avoided:
         """Raise ``GpusOccupied`` when there have been too few free ones for so long."""
         now = time.monotonic()
         self._since = now if self._since is None else self._since
-        if now - self._since > seconds:
+        if now - self._since >= seconds:
             raise GpusOccupied(num_gpus, [self._users[uuid] for uuid in sorted(self._users)])
 
 
@@ -204,5 +204,5 @@ def _holder(uuid: str, record: Mapping[str, Any]) -> Holder:
             float(record["since"]),
             int(record["num_gpus"]),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return Holder(uuid, 0, "held, its record cannot be read", 0.0)

@@ -7,8 +7,9 @@ Not covered: GPUs found without NVML (by nvidia-smi or torch), and pretended one
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.values import format_size
@@ -25,8 +26,8 @@ FREE_SHARE = 0.05
 def in_use(gpus: Sequence[Gpu]) -> dict[str, str]:
     """Return, by UUID, the GPUs whose memory is not free: who uses how much of it, a line each.
 
-    What this process itself holds does not count. An answer that NVML cannot give counts as free: the lease
-    is then all there is.
+    What this process and its children (warm ranks) hold does not count. An answer that NVML cannot give
+    counts as free: the lease is then all there is.
     """
     asked = [gpu for gpu in gpus if gpu.source == "NVML"]
     if not asked:
@@ -52,11 +53,22 @@ def _line(pynvml: Any, gpu: Gpu) -> str | None:
     except pynvml.NVMLError:
         return None
     total = int(memory.total)
-    used = int(memory.used) - users.pop(os.getpid(), 0)
+    used = int(memory.used) - sum(users.pop(pid, 0) for pid in _own(users))
     if used <= max(FREE_BYTES, FREE_SHARE * total):
         return None
     by = ", ".join(_described(pid, size) for pid, size in users.items()) or "unseen processes"
     return f"GPU {gpu.index} ({gpu.uuid}): {format_size(used)} of {format_size(total)} in use by {by}"
+
+
+def _own(users: Mapping[int, int]) -> list[int]:
+    """Which of the users are this process or below it."""
+    import psutil
+
+    mine = [os.getpid()]
+    if users.keys() - mine:
+        with contextlib.suppress(psutil.Error):
+            mine += [child.pid for child in psutil.Process().children(recursive=True)]
+    return mine
 
 
 def _users(pynvml: Any, handle: Any) -> dict[int, int]:

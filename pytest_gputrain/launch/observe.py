@@ -80,12 +80,16 @@ def most_time(members: Sequence[Member], folder: Path) -> str:
 
 def _ask(member: Member, folder: Path) -> Path | None:
     path = folder / f"rank{member.rank}" / "stacks.txt"
-    if member.pid is None or not path.exists():  # not yet ready to be asked: the signal would kill it
+    if member.pid is None or not path.exists():
         return None
+    # Its file is there an instant before its handler, and a rank that has replaced itself by another program
+    # has none: the signal would kill it.
+    ready = process.catches(member.pid, DUMP_SIGNAL)
     with path.open("a") as file:
         file.write(f"{stacks.DUMP_MARK}{time.strftime('%H:%M:%S')}\n")
-    with suppress(OSError):
-        os.kill(member.pid, DUMP_SIGNAL)
+    if ready:
+        with suppress(OSError):
+            os.kill(member.pid, DUMP_SIGNAL)
     return path
 
 

@@ -143,6 +143,14 @@ def trouble(pid: int) -> str | None:
     return "stopped" if state in "Tt" or pending & 1 << signal.SIGSTOP - 1 else None
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal; one without may be ended by it."""
+    with suppress(OSError, ValueError), open(f"/proc/{pid}/status") as file:
+        caught = next((line for line in file if line.startswith("SigCgt:")), "SigCgt: 0")
+        return bool(int(caught.split()[1], 16) & 1 << number - 1)
+    return False
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process is stopped by a signal."""
     with suppress(psutil.Error):

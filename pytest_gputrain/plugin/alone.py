@@ -17,10 +17,10 @@ def run_alone(function: Callable[..., Any], arguments: dict[str, Any], where: st
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)):
             patch.setenv(name, str(value))
-        if where == "cuda":
-            torch.cuda.set_device(0)
+        if where != "cpu":
+            torch.cuda.set_device(torch.device(where))
         store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("nccl" if where == "cuda" else "gloo", store=store, rank=0, world_size=1)
+        dist.init_process_group("gloo" if where == "cpu" else "nccl", store=store, rank=0, world_size=1)
         try:
             function(**arguments)
         finally:

@@ -14,7 +14,7 @@ import pytest
 
 from pytest_gputrain.launch import LaunchResult, LaunchUsageError, Verdict, payload
 from pytest_gputrain.plugin.distributed_plan import DistributedPlan, distributed_plan
-from pytest_gputrain.plugin.known_there import device_name
+from pytest_gputrain.plugin.known_there import alone_device, device_name
 from pytest_gputrain.plugin.launcher import launcher_for
 from pytest_gputrain.plugin.rank_asserts import explaining_of
 from pytest_gputrain.plugin.rank_body import Body, Filter, Finished, Showing, run_body
@@ -41,7 +41,7 @@ class DistributedHooks:
         if settings_of(pyfuncitem.config).alone:
             from pytest_gputrain.plugin.alone import run_alone
 
-            run_alone(pyfuncitem.obj, arguments_of(pyfuncitem), device_name(pyfuncitem, plan))
+            run_alone(pyfuncitem.obj, arguments_of(pyfuncitem), alone_device(pyfuncitem, plan))
         else:
             _run_on_ranks(pyfuncitem, plan)
         return True

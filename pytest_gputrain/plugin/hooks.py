@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(terminal.Ledger(resolved.require_gpus or 0), "gputrain-ledger")
         config.pluginmanager.register(LeaseTimeline(resolved.report), "gputrain-timeline")
     config.pluginmanager.register(leasing.LeaseSession(), "gputrain-leases")
+    config.pluginmanager.register(FirstLook(), "gputrain-first-look")
     if hasattr(config.hook, "pytest_testnodedown"):  # whatever name xdist was loaded by
         config.pluginmanager.register(XdistHooks(), "gputrain-xdist")
 
@@ -55,11 +56,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pytest.exit(lack, returncode=pytest.ExitCode.TESTS_FAILED)
 
 
-# Before pytest's own -m, so that `-m gpu` sees the markers added here.
-@pytest.hookimpl(tryfirst=True)
+class FirstLook:
+    """Before the user's conftests, whose hooks may ask for the marker ``gpu``."""
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        with refusals(config, items):
+            cases.raise_refused(config)
+            markers.prepare(items)
+
+
+# After the user's conftests, whose hooks may add markers, and before pytest's own -m, which asks for them:
+# of hooks without an order the last registered comes first.
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     with refusals(config, items):
-        cases.raise_refused(config)
         markers.prepare(items)
 
 
@@ -73,6 +83,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 # So that checks which a test calls by parametrize_with_checks keep to this session's options.
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    markers.raise_too_late(pyfuncitem)
     parameters = getattr(pyfuncitem, "callspec", None)
     if not parameters or "check" not in parameters.params or "pytest_gputrain.checks" not in sys.modules:
         return (yield)
@@ -102,8 +113,8 @@ def pytest_runtest_makereport(
 # A wrapper: the skip mark must be there before pytest's own skipping, which then reports the test's location.
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    if refusal := leasing.refused(item):
+        pytest.fail(refusal, pytrace=False)
     if reason := markers.skip_reason(item):
         item.add_marker(pytest.mark.skip(reason=reason))
-    elif refusal := leasing.refused(item):
-        pytest.fail(refusal, pytrace=False)
     return (yield)

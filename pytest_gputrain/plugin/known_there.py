@@ -71,12 +71,24 @@ def world_size_of(node: pytest.Item) -> int:
 def device_of(node: pytest.Item) -> Any:
     """The value of the fixture ``device``."""
     plan = _plan_of(node, "device")
-    return torch_device(device_name(node, plan)) if settings_of(node.config).alone else KnownThere("device")
+    if not settings_of(node.config).alone:
+        return KnownThere("device")
+    import torch
+
+    return torch.device(alone_device(node, plan))
 
 
 def device_name(node: pytest.Item, plan: DistributedPlan) -> str:
     """``cpu`` or ``cuda``: what the marker says, else whether the test asks for GPUs."""
     return plan.device or ("cuda" if node.get_closest_marker("requires_gpus") else "cpu")
+
+
+def alone_device(node: pytest.Item, plan: DistributedPlan) -> str:
+    """``cpu``, or the first GPU that the test holds, by its name in this process: others are others'."""
+    from pytest_gputrain.plugin import leasing
+
+    held = leasing.held(node)
+    return held.devices[0] if held and device_name(node, plan) == "cuda" else "cpu"
 
 
 def torch_device(name: str) -> torch.device:

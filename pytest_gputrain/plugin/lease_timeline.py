@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pytest_gputrain.plugin import lease_order, properties
+from pytest_gputrain.plugin.leasing import say
 
 FILE_NAME = "leases.trace.json"
 _HELD_PID, _WAITING_PID = 1, 2  # two groups of rows; these are no processes
@@ -70,10 +71,15 @@ class LeaseTimeline:
         }
         lease_order.remember(session.config, passed)
         if self._report is not None:
-            self._report.mkdir(parents=True, exist_ok=True)
-            (self._report / FILE_NAME).write_text(
-                json.dumps(chrome_trace(self.spans)) + "\n", encoding="utf-8"
-            )
+            self._write(session.config, self._report)
+
+    def _write(self, config: pytest.Config, folder: Path) -> None:
+        text = json.dumps(chrome_trace(self.spans)) + "\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / FILE_NAME).write_text(text, encoding="utf-8")
+        except OSError as error:  # a full disk at the end of the night takes no verdict away
+            say(config, f"gputrain: the lease timeline could not be written: {error}")
 
 
 def chrome_trace(spans: list[Span]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class LeaseSession:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         with refusals(config, items):
+            markers.prepare(items)  # what others, such as a conftest, have added
             _prepare_folder(config, items)
             lease_order.order(config, items)
 
@@ -114,7 +115,9 @@ def refused(item: pytest.Item) -> str | None:
 @contextlib.contextmanager
 def leased(item: pytest.Item) -> Iterator[None]:
     """Hold the test's GPUs for the time of the block. What goes wrong is for the test's setup to raise."""
-    planned = None if _is_skipped(item) else plan(item)
+    if _REFUSED in item.stash:  # an earlier run of the same test
+        del item.stash[_REFUSED]
+    planned = _planned(item)
     lease = _acquire(item, planned) if planned is not None else None
     if lease is not None:
         item.stash[_HELD] = HeldGpus(lease.gpus)
@@ -122,9 +125,21 @@ def leased(item: pytest.Item) -> Iterator[None]:
         yield
     finally:
         if lease is not None:
-            _free_cached_memory()
-            lease.release()
-            del item.stash[_HELD]
+            try:
+                _free_cached_memory()
+            finally:
+                lease.release()
+                del item.stash[_HELD]
+
+
+def _planned(item: pytest.Item) -> Plan | None:
+    """What the test is to hold, if it is going to run."""
+    try:
+        markers.prepare([item])  # once more: hooks that came after ours may have added some
+        return None if _is_skipped(item) or markers.skip_reason(item) else plan(item)
+    except pytest.UsageError as error:
+        item.stash[_REFUSED] = str(error)
+        return None
 
 
 def _is_skipped(item: pytest.Item) -> bool:
@@ -132,7 +147,14 @@ def _is_skipped(item: pytest.Item) -> bool:
     if item.get_closest_marker("skip"):
         return True
     conditions = (condition for mark in item.iter_markers("skipif") for condition in mark.args)
-    return any(condition and not isinstance(condition, str) for condition in conditions)
+    return any(_is_true(condition) for condition in conditions if not isinstance(condition, str))
+
+
+def _is_true(condition: object) -> bool:
+    try:
+        return bool(condition)
+    except Exception:  # pytest's to tell, in the test's setup
+        return False
 
 
 def _acquire(item: pytest.Item, planned: Plan) -> Lease | None:
@@ -143,8 +165,6 @@ def _acquire(item: pytest.Item, planned: Plan) -> Lease | None:
     who = item.nodeid + (f" ({worker})" if worker else "")
     request = Request(*planned, who, lease_order.expected(item))
     folder, deadline = folder_of(item.config), settings_of(item.config).lease_timeout
-    if _REFUSED in item.stash:  # an earlier try of the same test
-        del item.stash[_REFUSED]
     try:
         narrate = _Narrator(item, folder, planned.num_gpus)
         lease = acquire(folder, request, deadline=deadline, on_wait=narrate)
@@ -175,7 +195,9 @@ def _free_cached_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         gc.collect()
-        torch.cuda.empty_cache()
+        # A context that a kernel has poisoned frees nothing any more; the lease goes back all the same.
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()
 
 
 class _Narrator:

@@ -68,6 +68,17 @@ def prepare(items: list[pytest.Item]) -> None:
             properties.add(item, properties.GPU, "yes")
 
 
+def raise_too_late(item: pytest.Item) -> None:
+    """Fail a test that a fixture has marked ``distributed``: its body would run here, as no rank at all."""
+    __tracebackhide__ = True
+    if item.get_closest_marker("distributed"):
+        from pytest_gputrain.plugin.distributed_plan import HOOKS
+
+        if not item.config.pluginmanager.has_plugin(HOOKS):
+            why = "was added while the test ran, too late for its ranks; add the marker at collection"
+            pytest.fail(f"distributed {why}", pytrace=False)
+
+
 def _validated(item: pytest.Item, name: str, read: Callable[[pytest.Mark], object]) -> None:
     for mark in item.iter_markers(name):
         try:

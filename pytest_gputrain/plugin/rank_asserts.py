@@ -30,12 +30,14 @@ class Explaining(NamedTuple):
 def explaining_of(item: pytest.Item) -> Explaining:
     """Collect it, in the pytest process."""
     config = item.config
+    plugin = config.pluginmanager.get_plugin("assertion")
+    if plugin is None:  # -p no:assertion
+        return Explaining(None, {}, (), ())
     ini = [f"verbosity_assertions={config.get_verbosity('assertions')}"]
     for name in _INI:
         with contextlib.suppress(ValueError, KeyError):  # not known to this pytest
             if (value := config.getini(name)) is not None:
                 ini.append(f"{name}={value}")
-    plugin = config.pluginmanager.get_plugin("assertion")
     implementations = item.ihook.pytest_assertrepr_compare.get_hookimpls()
     hooks = [one.function for one in implementations if one.plugin is not plugin]
     options = {name: config.getoption(name) for name in ("verbose", "assertmode")}

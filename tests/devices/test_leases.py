@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import resource
@@ -119,10 +121,10 @@ def test_what_a_holder_starts_holds_nothing(folder: LeaseFolder, start: Start) -
     program = """
 lease = hold(3)
 import subprocess
-subprocess.Popen(["sleep", "30"], close_fds=False, stdout=subprocess.DEVNULL)
+subprocess.Popen(["sleep", "300"], close_fds=False, stdout=subprocess.DEVNULL)
 if os.fork() == 0:
     os.close(1)
-    time.sleep(30)
+    time.sleep(300)
     os._exit(0)
 print("ready", flush=True)
 time.sleep(300)
@@ -139,7 +141,8 @@ time.sleep(300)
         take(folder, 4).release()
     finally:
         for pid in children:
-            os.kill(int(pid), signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def test_a_dead_waiter_is_forgotten(folder: LeaseFolder, start: Start) -> None:
@@ -246,6 +249,27 @@ def test_garbage_is_passed_over(folder: LeaseFolder, garbage: bytes) -> None:
     living.release()
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "9" * 400, "-" + "9" * 400, "0", "true"])
+def test_numbers_that_mean_nothing_are_passed_over(folder: LeaseFolder, number: str) -> None:
+    mine = take(folder, 3)
+    names = ("pid", "since", "num_gpus", "seconds", "number")
+    record = (
+        f'{{"who": "x", "candidates": [], {", ".join(f"{json.dumps(name)}: {number}" for name in names)}}}'
+    )
+    for gpu in mine.gpus:
+        (folder.path / f"gpu-{gpu.uuid}.json").write_text(record)
+    waiting = folder.try_lock("wait-1.lock")
+    assert waiting is not None
+    (folder.path / "wait-1.json").write_text(record)
+    take(folder, 1).release()
+    with pytest.raises(LeaseTimeout) as caught:
+        take(folder, 2, deadline=0.2)
+    assert len(caught.value.holders) == 3
+    assert str(caught.value).startswith("waited ")
+    waiting.release()
+    mine.release()
+
+
 CARDS = [Card(f"GPU-{letter * 4}", memory=80 * 2**30) for letter in "ab"]
 REAL = tuple(Gpu(i, card.uuid, card.name, 80 * 2**30, False, "NVML") for i, card in enumerate(CARDS))
 
@@ -263,6 +287,25 @@ def test_memory_in_use_names_who_and_takes_another_gpu(
     start = "needs 2 GPUs with free memory: GPU 0 (GPU-aaaa): 70.0 GiB of 80.0 GiB in use by pid"
     assert str(caught.value).startswith(f"{start} {os.getppid()} (")
     assert holders(folder) == []
+
+
+def test_gpus_in_use_are_named_however_short_the_wait(
+    folder: LeaseFolder, use_nvml: Callable[[FakeNvml], FakeNvml]
+) -> None:
+    use_nvml(FakeNvml(CARDS, used={"GPU-aaaa": 70 * 2**30}, users={"GPU-aaaa": [(os.getppid(), 70 * 2**30)]}))
+    with pytest.raises(GpusOccupied, match=r"70\.0 GiB of 80\.0 GiB in use by pid"):
+        acquire(folder, Request(2, REAL, "this test"), deadline=0.2)
+
+
+def test_what_warm_ranks_hold_counts_as_free(
+    folder: LeaseFolder, use_nvml: Callable[[FakeNvml], FakeNvml]
+) -> None:
+    with subprocess.Popen(["sleep", "300"]) as child:
+        use_nvml(FakeNvml(CARDS, used={"GPU-aaaa": 9 * 2**30}, users={"GPU-aaaa": [(child.pid, 9 * 2**30)]}))
+        try:
+            acquire(folder, Request(2, REAL, "this test"), deadline=30).release()
+        finally:
+            child.kill()
 
 
 def test_own_memory_a_context_and_what_the_driver_does_not_tell_count_as_free(

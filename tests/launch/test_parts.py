@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gputrain.launch import output, payload, stacks, wire
+from pytest_gputrain.launch import observe, output, payload, place, process, stacks, wire
+from pytest_gputrain.launch.member import Member
 
 DUMP = """\
 --- dump 10:00:00
@@ -109,3 +113,20 @@ def test_a_call_travels() -> None:
 def test_no_value_is_none() -> None:
     assert payload.unpack_value(b"") is None
     assert payload.unpack_value(payload.pack_value({"a": [1]})) == {"a": [1]}
+
+
+@pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
+def test_a_rank_that_is_not_ready_to_answer_is_not_killed_by_the_question(tmp_path: Path) -> None:
+    assert process.catches(os.getpid(), signal.SIGINT)
+    assert not process.catches(os.getpid(), place.DUMP_SIGNAL)
+    (tmp_path / "rank0").mkdir()
+    (tmp_path / "rank0" / "stacks.txt").touch()
+    with subprocess.Popen(["sleep", "300"]) as child:
+        member = Member(0)
+        member.pid = child.pid
+        observe.dump([member], tmp_path)
+        try:
+            assert child.poll() is None
+            assert member.waiting_at is None
+        finally:
+            child.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,10 +25,30 @@ def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("GPUTRAIN_LEASE_DIR", str(tmp_path / "leases"))
 
 
+class _Torch:
+    """Whether a session inside this process has imported torch.
+
+    It must not: pytester forgets the modules of each session, and a second torch in one process is a
+    segmentation fault in some later collection of garbage, of which nobody ever sees more than a lost worker.
+    """
+
+    imported = False
+
+    def pytest_unconfigure(self) -> None:
+        self.imported = "torch" in sys.modules
+
+
 @pytest.fixture
 def run(pytester: pytest.Pytester) -> Run:
     """Run pytest with the plugin in this process: quick, for everything that is not about processes."""
-    return lambda *arguments: pytester.runpytest_inprocess("-p", "pytest_gputrain", *arguments)
+
+    def run_here(*arguments: str) -> pytest.RunResult:
+        known, torch = "torch" in sys.modules, _Torch()
+        result = pytester.runpytest_inprocess("-p", "pytest_gputrain", *arguments, plugins=[torch])
+        assert known or not torch.imported, "this session imported torch into this process: use run_child"
+        return result
+
+    return run_here
 
 
 @pytest.fixture

@@ -249,3 +249,17 @@ def debugged(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     )
     print(done.stdout, done.stderr)
     return pytest.RunResult(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), 0)
+
+
+def test_without_the_assertion_plugin(pytester: pytest.Pytester, run: Run) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.distributed
+        def test_it(rank): assert rank == 0, "said by hand"
+        """
+    )
+    result = run("-p", "no:assertion")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["FAILED after * s: rank 1 raised AssertionError: said by hand*"])

@@ -90,3 +90,22 @@ def test_without_leases_or_without_a_report_there_is_no_file(pytester: pytest.Py
     pytester.makepyfile(test_it=SUITE)
     run()
     assert not list(pytester.path.rglob("*.trace.json"))
+
+
+def test_a_folder_that_cannot_be_written(
+    pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "2")
+    pytester.makepyfile(
+        """
+        import pytest
+        from pathlib import Path
+
+        @pytest.mark.requires_gpus(2)
+        def test_it(): Path("report").touch()
+        """
+    )
+    result = run("--gputrain-report=report")
+    result.assert_outcomes(passed=1)
+    assert result.ret is pytest.ExitCode.OK
+    result.stdout.fnmatch_lines(["gputrain: the lease timeline could not be written: *report'"])
