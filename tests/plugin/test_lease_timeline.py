@@ -92,10 +92,7 @@ def test_without_leases_or_without_a_report_there_is_no_file(pytester: pytest.Py
     assert not list(pytester.path.rglob("*.trace.json"))
 
 
-def test_a_folder_that_cannot_be_written(
-    pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "2")
+def test_a_folder_that_cannot_be_written(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(
         """
         import pytest
