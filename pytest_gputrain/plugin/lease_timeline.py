@@ -38,32 +38,33 @@ class LeaseTimeline:
 
     def __init__(self, report: Path | None) -> None:
         self._report = report
-        self._open: dict[str, dict[str, Any]] = {}
+        self._open: dict[tuple[str, str], dict[str, Any]] = {}
         self.spans: list[Span] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        key = (report.nodeid, _worker(report))
         if report.when == "setup":
             if text := dict(report.user_properties).get(properties.LEASE):
-                self._open[report.nodeid] = {**json.loads(str(text)), "outcome": report.outcome}
-        elif (record := self._open.get(report.nodeid)) is not None:
+                self._open[key] = {**json.loads(str(text)), "outcome": report.outcome}
+        elif (record := self._open.get(key)) is not None:
             if report.when == "call" or report.failed:
                 record["outcome"] = report.outcome
             if report.when == "teardown":
-                self._close(report.nodeid, report.stop)
+                self._close(key, report.stop)
             elif report.when != "call":  # xdist's report of a worker that died
-                self._close(report.nodeid, time.time(), outcome="worker died")
+                self._close(key, time.time(), outcome="worker died")
 
-    def _close(self, nodeid: str, until: float, outcome: str | None = None) -> None:
-        record = self._open.pop(nodeid)
+    def _close(self, key: tuple[str, str], until: float, outcome: str | None = None) -> None:
+        record = self._open.pop(key)
         gpus = tuple((int(index), str(uuid)) for index, uuid in record["gpus"])
         said = outcome or record["outcome"]
-        span = Span(nodeid, gpus, record["since"], until, record["waited"], record["worker"], said)
+        span = Span(key[0], gpus, record["since"], until, record["waited"], record["worker"], said)
         self.spans.append(span)
 
     # Before the terminal's summary, in every process that reports.
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        for nodeid in [*self._open]:
-            self._close(nodeid, time.time(), outcome="interrupted")
+        for key in [*self._open]:
+            self._close(key, time.time(), outcome="interrupted")
         if not self.spans:
             return
         passed = {
@@ -80,6 +81,12 @@ class LeaseTimeline:
             (folder / FILE_NAME).write_text(text, encoding="utf-8")
         except OSError as error:  # a full disk at the end of the night takes no verdict away
             say(config, f"gputrain: the lease timeline could not be written: {error}")
+
+
+def _worker(report: pytest.TestReport) -> str:
+    """Which worker a report is from: with ``--dist each`` every one of them runs the test."""
+    node = getattr(report, "node", None)  # set by xdist
+    return str(node.gateway.id) if node is not None else ""
 
 
 def chrome_trace(spans: list[Span]) -> dict[str, Any]:

@@ -106,3 +106,11 @@ def test_a_folder_that_cannot_be_written(pytester: pytest.Pytester, run: Run) ->
     result.assert_outcomes(passed=1)
     assert result.ret is pytest.ExitCode.OK
     result.stdout.fnmatch_lines(["gputrain: the lease timeline could not be written: *report'"])
+
+
+def test_each_worker_runs_the_test(pytester: pytest.Pytester, run_child: Run) -> None:
+    pytester.makepyfile("import pytest\n@pytest.mark.requires_gpus(2)\ndef test_it(): pass")
+    run_child("-n", "2", "--dist", "each", "--gputrain-report=report").assert_outcomes(passed=2)
+    held = bars(pytester)
+    assert sorted(bar["args"]["worker"] for bar in held) == ["gw0", "gw0", "gw1", "gw1"]
+    assert_no_overlap(held)
