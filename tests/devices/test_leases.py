@@ -17,12 +17,10 @@ from pathlib import Path
 import pytest
 
 from pytest_gputrain.devices import leases
-from pytest_gputrain.devices.inventory import Gpu, parse_fake
+from pytest_gputrain.devices.inventory import parse_fake
 from pytest_gputrain.devices.lease_folder import LeaseFolder, LeaseFolderError, gpu_name
 from pytest_gputrain.devices.lease_place import ASLEEP, Request
-from pytest_gputrain.devices.leases import GpusOccupied, LeaseTimeout, acquire, holders
-
-from .conftest import Card, FakeNvml, error
+from pytest_gputrain.devices.leases import LeaseTimeout, acquire, holders
 
 ROOT = Path(__file__).parent.parent.parent
 GPUS = parse_fake("4").gpus
@@ -268,56 +266,3 @@ def test_numbers_that_mean_nothing_are_passed_over(folder: LeaseFolder, number: 
     assert str(caught.value).startswith("waited ")
     waiting.release()
     mine.release()
-
-
-CARDS = [Card(f"GPU-{letter * 4}", memory=80 * 2**30) for letter in "ab"]
-REAL = tuple(Gpu(i, card.uuid, card.name, 80 * 2**30, False, "NVML") for i, card in enumerate(CARDS))
-
-
-def test_memory_in_use_names_who_and_takes_another_gpu(
-    folder: LeaseFolder, use_nvml: Callable[[FakeNvml], FakeNvml], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(leases, "OCCUPIED_DEADLINE", 0.1)
-    use_nvml(FakeNvml(CARDS, used={"GPU-aaaa": 70 * 2**30}, users={"GPU-aaaa": [(os.getppid(), 70 * 2**30)]}))
-    lease = acquire(folder, Request(1, REAL, "this test"), deadline=30)
-    assert lease.gpus == REAL[1:]
-    lease.release()
-    with pytest.raises(GpusOccupied) as caught:
-        acquire(folder, Request(2, REAL, "this test"), deadline=30)
-    start = "needs 2 GPUs with free memory: GPU 0 (GPU-aaaa): 70.0 GiB of 80.0 GiB in use by pid"
-    assert str(caught.value).startswith(f"{start} {os.getppid()} (")
-    assert holders(folder) == []
-
-
-def test_gpus_in_use_are_named_however_short_the_wait(
-    folder: LeaseFolder, use_nvml: Callable[[FakeNvml], FakeNvml]
-) -> None:
-    use_nvml(FakeNvml(CARDS, used={"GPU-aaaa": 70 * 2**30}, users={"GPU-aaaa": [(os.getppid(), 70 * 2**30)]}))
-    with pytest.raises(GpusOccupied, match=r"70\.0 GiB of 80\.0 GiB in use by pid"):
-        acquire(folder, Request(2, REAL, "this test"), deadline=0.2)
-
-
-def test_what_warm_ranks_hold_counts_as_free(
-    folder: LeaseFolder, use_nvml: Callable[[FakeNvml], FakeNvml]
-) -> None:
-    with subprocess.Popen(["sleep", "300"]) as child:
-        use_nvml(FakeNvml(CARDS, used={"GPU-aaaa": 9 * 2**30}, users={"GPU-aaaa": [(child.pid, 9 * 2**30)]}))
-        try:
-            acquire(folder, Request(2, REAL, "this test"), deadline=30).release()
-        finally:
-            child.kill()
-
-
-def test_own_memory_a_context_and_what_the_driver_does_not_tell_count_as_free(
-    folder: LeaseFolder, use_nvml: Callable[[FakeNvml], FakeNvml]
-) -> None:
-    use_nvml(
-        FakeNvml(
-            CARDS,
-            used={"GPU-aaaa": 70 * 2**30, "GPU-bbbb": 2**30},
-            users={"GPU-aaaa": [(os.getpid(), 69 * 2**30)]},
-        )
-    )
-    acquire(folder, Request(2, REAL, "this test"), deadline=30).release()
-    use_nvml(FakeNvml(CARDS, init=error("NVMLError_NoPermission", "Insufficient Permissions")))
-    acquire(folder, Request(2, REAL, "this test"), deadline=30).release()
