@@ -41,13 +41,19 @@ def desync(scenes: Mapping[int, Scene], entries: Entries | None = None) -> tuple
     if not wrong:
         return None
     calls = entries.by_key[min(wrong, key=lambda key: key[3])]
+    rooted = len({call.shape for call in calls.values()}) == 1
     sides: dict[object, list[int]] = {}
     for rank, call in sorted(calls.items()):
-        sides.setdefault(call.shape, []).append(rank)
+        if not rooted or call.root is not None:
+            sides.setdefault(call.root if rooted else call.shape, []).append(rank)
     many, *few = sorted(sides.values(), key=len, reverse=True)
     odd = few[0]
     usual, other = calls[many[0]], calls[odd[0]]
     known = len(many) * 2 > len(calls)  # two ranks accuse each other
+    if rooted:
+        text = f"{rank_list(odd)} called {other.name()} with rank {other.root} as its root where "
+        text += f"{rank_list(many)} had rank {usual.root}"
+        return Cause(odd[0] if known else None, "mismatch", text, other.location), likely.ROOTS
     if other.op == usual.op:
         text = f"{rank_list(odd)} called {other.name()} with {other.tensors()} where {rank_list(many)} had "
         cause = Cause(odd[0] if known else None, "mismatch", text + usual.tensors(), other.location)
@@ -75,11 +81,22 @@ def _absent(scenes: Mapping[int, Scene], entries: Entries) -> tuple[Cause, str] 
             return Cause(here[0], "alone", text, call.location), advice
         others = [rank for rank in roots if scenes[rank].state == scenes[root].state]
         text = f"{rank_list(others)} never reached {call}; {_doing(scenes[root], len(others))}"
+        if (theirs := _of_a_side_thread(scenes[root], here, entries)) is not None:
+            text += f" while a thread of it waits in {theirs}, which {rank_list(here)} never reached"
+            where = theirs.location or scenes[root].location
+            return Cause(None, "deadlock", text, where), likely.GROUPS
         if scenes[root].location is None:
             text += f"; {rank_list(here)} {'waits' if len(here) == 1 else 'wait'} in it"
             return Cause(root, _kind(scenes[root]), text, call.location), advice
         return Cause(root, _kind(scenes[root]), text, scenes[root].location), advice
     return None
+
+
+def _of_a_side_thread(scene: Scene, waiting: list[int], entries: Entries) -> Call | None:
+    """What a rank in Python has under way, to which the ranks that wait for it never came."""
+    if scene.state != "running" or scene.blocked:
+        return None
+    return next((call for call in scene.pending() if set(waiting) <= set(entries.missing(call))), None)
 
 
 def _waits(scenes: Mapping[int, Scene]) -> list[tuple[Call, list[int]]]:
@@ -97,13 +114,14 @@ def _silent(scenes: Mapping[int, Scene]) -> tuple[Cause, str] | None:
         if not scene.blocked or scene.waited() is not None or scene.waits_in is None:
             continue
         last = scene.last_message()
-        peers = [peer for peer in (last.ranks if last else scenes) if peer != rank and peer in scenes]
+        others = last.ranks if last else scene.peers or scenes
+        peers = [peer for peer in others if peer != rank and peer in scenes]
         roots = [peer for peer in peers if not scenes[peer].blocked]
         if not roots:
             continue
         what = last.name() if last else scene.waits_in
         text = f"{rank_list(roots)} never answered {what} of rank {rank}"
-        if not last:
+        if not last and not scene.peers:
             text = f"{rank_list(roots)} never reached {what}, in which rank {rank} waits"
         text = f"{text}; {_doing(scenes[roots[0]], len(roots))}"
         where = scenes[roots[0]].location or scene.location
@@ -120,7 +138,9 @@ def _circle(scenes: Mapping[int, Scene], entries: Entries) -> tuple[Cause, str] 
     if len(blocked) < 2:
         return None
     many, *few = sorted(goals.values(), key=len, reverse=True)
-    known = bool(few) and len(many) * 2 > len(blocked)
+    # Ranks that wait in what all have entered are held up by something that no record tells.
+    entered = any(not entries.missing(call) for scene in blocked.values() if (call := scene.waited()))
+    known = bool(few) and len(many) * 2 > len(blocked) and not entered
     parts = [f"{rank_list(ranks)} in {_goal_text(scenes[ranks[0]])}" for ranks in (*few[:3], many)]
     text = f"ranks wait for each other: {', '.join(parts)}"
     first = few[0][0] if few else many[0]

@@ -29,12 +29,16 @@ NAMES = {
     "alltoall_base": "all_to_all_single", "allgather_coalesced": "all_gather_coalesced",
     "broadcast": "broadcast", "reduce": "reduce", "gather": "gather", "scatter": "scatter",
     "reduce_scatter": "reduce_scatter", "barrier": "barrier", "monitored_barrier": "monitored_barrier",
-    "send": "send", "recv": "recv", "recv_anysource": "recv",
+    "all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor",
+    "all_to_all_single": "all_to_all_single", "send": "send", "recv": "recv", "recv_anysource": "recv",
 }  # fmt: skip
 """Methods of a process group, and torch.distributed's names for them."""
 _INPUT_SECOND = ("allgather", "_allgather_base", "gather", "scatter", "reduce_scatter",
-                 "_reduce_scatter_base", "alltoall", "alltoall_base", "allgather_coalesced")  # fmt: skip
+                 "_reduce_scatter_base", "alltoall", "alltoall_base", "allgather_coalesced",
+                 "all_gather_single", "reduce_scatter_single", "all_to_all_single")  # fmt: skip
 """Methods whose first argument is where the output goes."""
+
+_ROOTED = ("broadcast", "reduce", "gather", "scatter")
 
 _path: str | None = None
 _ring: _Ring | None = None
@@ -133,6 +137,9 @@ def _described(name: str, group: Any, args: tuple[Any, ...], ring: _Ring) -> dic
         "location": _caller(),
         "at": time.time(),
     }
+    root = getattr(args[-1], "rootRank", None) if args else None
+    if name in _ROOTED and root is not None:
+        record["root"] = ranks[root]
     if name in ("send", "recv", "recv_anysource"):
         me = ranks[group.rank()]
         other = ranks[args[1]] if name != "recv_anysource" else -1

@@ -33,6 +33,7 @@ class Call(NamedTuple):
     waiting: bool = False
     location: str | None = None
     note: str | None = None
+    root: int | None = None
 
     @property
     def key(self) -> Key:
@@ -73,6 +74,8 @@ class Scene:
     ``blocked``: its main thread waits in torch for others, and no other thread of it does anything.
     ``waits_in``: the torch function in which it waits, by the stack, for what no record says.
     ``complete``: the records hold every collective, and not only those that Python calls.
+    ``peers``: of a rank that waits for a handle of a message: all with whom it has exchanged any.
+    ``all_messages``: the records hold every message.
     """
 
     rank: int
@@ -83,6 +86,8 @@ class Scene:
     waits_in: str | None = None
     calls: Sequence[Call] = field(default_factory=list)
     complete: bool = True
+    peers: tuple[int, ...] = ()
+    all_messages: bool = True
 
     def pending(self) -> list[Call]:
         """What it has entered and not finished; several where calls are asynchronous."""
@@ -90,7 +95,7 @@ class Scene:
 
     def last_message(self) -> Call | None:
         """The point-to-point call in which it waits, where its record says to or from whom."""
-        if self.waits_in not in _P2P:
+        if self.waits_in not in _P2P or len(self.peers) > 1:
             return None
         return next((call for call in reversed(self.calls) if call.seq is None), None)
 
@@ -101,7 +106,8 @@ class Scene:
         """
         if self.state == "raised" and self.calls and self.calls[-1].location == self.location:
             return self.calls[-1] if self.calls[-1].seq is not None else None
-        pending = self.pending() if self.blocked and self.waits_in not in _P2P else []
+        messages = self.waits_in in _P2P or self.peers
+        pending = self.pending() if self.blocked and not messages else []
         here = [call for call in pending if call.location == self.location]
         return next(iter(here or pending), None)
 
@@ -140,12 +146,13 @@ class Entries:
 
 def unlike(calls: Iterable[Call]) -> bool:
     """Whether calls that met under one number were not the same."""
-    found = iter(calls)
-    first = next(found, None)
-    if first is None:
-        return False
-    shape = first.shape
-    return any(call.shape != shape for call in found)
+    found = list(calls)
+    return any(call.shape != found[0].shape for call in found) or len(roots(found)) > 1
+
+
+def roots(calls: Iterable[Call]) -> set[int]:
+    """The roots that calls of one number name; C++ names none."""
+    return {call.root for call in calls if call.root is not None}
 
 
 def stuck(scenes: Mapping[int, Scene]) -> dict[int, bool]:
@@ -177,20 +184,26 @@ def _may_come(rank: int, helpless: set[int], scenes: Mapping[int, Scene]) -> boo
 
 def _may_be_met(scene: Scene, helpless: set[int], scenes: Mapping[int, Scene]) -> bool:
     """For a wait that no collective explains: a message, a store, the making of a group."""
-    others = [rank for rank in scenes if rank != scene.rank]
+    others = [rank for rank in scene.peers or scenes if rank != scene.rank]
     if (last := scene.last_message()) is not None and set(last.ranks) <= set(scenes):
         others = [rank for rank in last.ranks if rank != scene.rank]
     return any(rank not in helpless for rank in others)
 
 
 def _proved(scene: Scene, scenes: Mapping[int, Scene], entries: Entries) -> bool:
-    if (message := scene.last_message()) is not None and message.op == "recv":
-        # Two that wait for a message of each other; one that has left may have sent before it did.
-        peer = scenes.get(message.ranks[0])
-        other = peer.last_message() if peer and peer.blocked else None
-        return other is not None and other.op == "recv" and other.ranks == message.ranks[::-1]
+    if (message := scene.last_message()) is not None:
+        # A message that is under way may yet come; one that the other side never called for cannot.
+        pair = [scenes[rank] for rank in message.ranks if rank in scenes]
+        counts = {seen.rank: _messages(seen, message) for seen in pair if seen.all_messages}
+        mine = counts.pop(scene.rank, 0)
+        return len(counts) == 1 and mine > min(counts.values())
     call = scene.waited()
     return call is not None and (bool(entries.missing(call)) or entries.differs(call))
+
+
+def _messages(scene: Scene, message: Call) -> int:
+    """How many messages from the same sender to the same receiver a rank has sent or received."""
+    return sum(call.seq is None and call.ranks == message.ranks for call in scene.calls)
 
 
 def fingerprint(scenes: Mapping[int, Scene], ranks: Iterable[int]) -> list[Any]:
@@ -227,6 +240,7 @@ def from_json(records: Iterable[Mapping[str, Any]]) -> list[Call]:
                 record["state"] == "waiting",
                 record["location"],
                 record.get("note"),
+                record.get("root"),
             )
         )
     return order

@@ -10,6 +10,7 @@ MISMATCH = (
     "tensors whose size or dtype differs between the ranks (a last batch that is smaller, a model built by "
     "rank); make them alike, or exchange the sizes first"
 )
+ROOTS = "src or dst differs between the ranks; it is a global rank, and the same one on all ranks of a group"
 GROUPS = "ranks enter the collectives of two groups in opposite order; enter them in one order on all ranks"
 DEADLOCK = (
     "ranks entered different collectives, or the same ones in a different order: look for a condition that "
@@ -20,6 +21,7 @@ _WAITS = {
     "new_group": "new_group (and DeviceMesh) must be called by every rank, also by those not in the group",
     "init_process_group": "every rank has to call it: check WORLD_SIZE and the conditions around it",
     "recv": "a send that is missing, or ranks that both receive first",
+    "isend or irecv": "a message of which its other side never called send or recv",
     "send": "a recv that is missing, or ranks that both send first",
 }
 
@@ -34,10 +36,13 @@ def of_order(mine: Sequence[Call], theirs: Sequence[Call], call: Call, other: Ca
         only = call
     elif not shared:
         return DEADLOCK  # neither line has been seen on the other side: it hung before it came there
-    return (
+    advice = (
         f"only some ranks come to {only.location} ({only.op}): a condition that differs between ranks; "
         "call it on every rank or on none"
     )
+    if only is call and other.location in own:  # it may also have come there too early
+        advice += f"; or a rank skipped {other.location} ({other.op}) once: a continue, or fewer batches"
+    return advice
 
 
 def of_absence(scenes: Mapping[int, Scene], call: Call, waits: int, absent: int) -> str:

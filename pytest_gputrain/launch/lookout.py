@@ -75,7 +75,7 @@ class Lookout:
         pretended = {
             rank: dataclasses.replace(
                 seen,
-                blocked=rank in names and (patient or bool(seen.pending()) or _maybe_receiving(seen)),
+                blocked=rank in names and (patient or bool(seen.pending()) or _maybe_in_a_message(seen)),
                 waits_in=None,
                 location=None,
             )
@@ -91,6 +91,6 @@ class Lookout:
         return list(found) if patient or all(found.values()) else []
 
 
-def _maybe_receiving(seen: Scene) -> bool:
-    """Whether the last call was a ``recv``, of which no record says that it has come back."""
-    return bool(seen.calls) and seen.calls[-1].op == "recv"
+def _maybe_in_a_message(seen: Scene) -> bool:
+    """Whether the last call was a ``send`` or ``recv``, of which no record says that it has come back."""
+    return bool(seen.calls) and seen.calls[-1].seq is None

@@ -16,7 +16,8 @@ list, oldest first)::
      "state": "waiting",            # or "done"
      "location": "train.py:57 in step",   # the user's line, or null
      "at": 1795887670.6,            # when it was called: seconds since the epoch, or null
-     "note": "in backward"}         # or null; "in backward" for DDP's buckets
+     "note": "in backward",         # or null; "in backward" for DDP's buckets
+     "root": 0}                     # global rank of the source or destination, where Python gave one
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import re
 import selectors
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,14 @@ from .member import Member
 ANSWER_WITHIN = 1.0
 """Seconds for all answers together; a rank answers within milliseconds unless the machine is overloaded."""
 RECORDS = "collectives.json"
-_ASKS_FOR_A_RESULT = re.compile(r"\.(wait|result|synchronize|item|cpu|tolist)\(")
-"""The user's line, with no Python frame above it, on which a rank waits for an asynchronous collective."""
+_ASKS_FOR_A_RESULT = re.compile(
+    r"\.(wait\((\)|timeout|datetime|timedelta)|(result|synchronize|item|cpu|tolist)\()"
+)
+"""The user's line, with no Python frame above it, on which a rank waits for an asynchronous collective.
+
+A store's ``wait(keys)`` is none: who sets the keys is unknown, and it may end by its timeout.
+"""
+_ANY_MESSAGE = "isend or irecv"
 Records = list[dict[str, Any]]
 
 
@@ -112,14 +119,16 @@ def records_of(answer: Records | None, ring: Records, *, waits: bool) -> tuple[R
 def scenes(members: Sequence[Member], folder: Path, mark: str) -> dict[int, Scene]:
     """All ranks at this moment. Where running ranks are is what ``observe.dump`` has found last."""
     answers = ask([member.rank for member in members if member.exit is None], mark)
+    rings = {member.rank: read_ring(folder / f"rank{member.rank}" / calls.FILE) for member in members}
+    name_as_called(answers, rings)
     found = {}
     for member in members:
-        ring = read_ring(folder / f"rank{member.rank}" / calls.FILE)
+        ring = rings[member.rank]
         source = source_of(member.location)
         asks = member.at_own_line and _ASKS_FOR_A_RESULT.search(source) is not None
         waits = member.in_collective or asks or (member.exit is not None and member.report is None)
         member.records, complete = records_of(answers.get(member.rank), ring, waits=waits)
-        found[member.rank] = Scene(
+        seen = found[member.rank] = Scene(
             member.rank,
             _state(member),
             waits and not member.settled,
@@ -129,9 +138,41 @@ def scenes(members: Sequence[Member], folder: Path, mark: str) -> dict[int, Scen
             from_json(member.records),
             complete,
         )
-        if asks and ring and ring[-1]["seq"] is None and not found[member.rank].pending():
-            found[member.rank].waits_in = ring[-1]["op"]
+        seen.all_messages = len(ring) < calls.SLOTS
+        if asks and not seen.pending():
+            seen.peers = _peers(member.rank, ring)
+            seen.blocked = seen.blocked and bool(seen.peers)  # else nothing asynchronous is under way
+            seen.waits_in = (
+                ring[-1]["op"] if len(seen.peers) == 1 and ring[-1]["seq"] is None else _ANY_MESSAGE
+            )
     return found
+
+
+def name_as_called(answers: Mapping[int, Records | None], rings: Mapping[int, Records]) -> None:
+    """Gives torch's records the operation and the root of the call, which the rings know.
+
+    torch records what a backend does: gloo's reduce_scatter is an all_reduce. A call is renamed on every rank
+    that has it or on none, so that ranks of which one ring has been overwritten are not told apart by it.
+    """
+    called = {
+        rank: {(record["group"], record["seq"]): record for record in rings[rank]}
+        for rank, answer in answers.items()
+        if answer
+    }
+    known = Counter(key for mine in called.values() for key in mine)
+    held = Counter(
+        key for rank in called for key in {(record["group"], record["seq"]) for record in answers[rank] or ()}
+    )
+    for rank, mine in called.items():
+        for record in answers[rank] or ():
+            key = record["group"], record["seq"]
+            if key in mine and known[key] >= held[key]:
+                record |= {name: mine[key][name] for name in ("op", "root") if name in mine[key]}
+
+
+def _peers(rank: int, ring: Records) -> tuple[int, ...]:
+    """All ranks to or from which a rank has sent: of several handles any may be the one it waits for."""
+    return tuple(sorted({r for record in ring if record["seq"] is None for r in record["ranks"]} - {rank}))
 
 
 def _state(member: Member) -> Any:

@@ -66,13 +66,14 @@ class Models:
         wanted = {id(parameter) for parameter in parameters if not self._is_known(parameter)}
         if wanted:
             for root in roots():
-                if any(id(parameter) in wanted for parameter in root.parameters()):
+                if not ids_of(root).isdisjoint(wanted):
                     self.meet(root)
 
     def all_of_the_script(self) -> None:
         """Finds every model, for scripts that have no optimizer."""
         for root in roots():
-            self.meet(root)
+            if ids_of(root):
+                self.meet(root)
 
     def meet(self, root: Any) -> None:
         """Begins to trace a model that has something to train; wrapped, or met again, it is the same."""
@@ -106,6 +107,15 @@ class Models:
     def _is_known(self, parameter: Any) -> bool:
         reference = self._known.get(id(parameter))
         return reference is not None and reference() is parameter
+
+
+def ids_of(module: Any) -> set[int]:
+    """The ids of a module's parameters; empty for one that is not made yet or is only named a module."""
+    try:
+        hash(module)
+        return {id(parameter) for parameter in module.parameters()}
+    except Exception:  # what the script does not train is none of its faults
+        return set()
 
 
 def roots() -> list[Any]:

@@ -8,6 +8,8 @@ assigned by hand.
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ class Session:
         self._watchdog = Watchdog(folder, rank, seconds, self.progress, self.describe, self._stood_still)
         self._stack = contextlib.ExitStack()
         self._installed = False
+        self._pid = os.getpid()
         self._depth = self._backwards = self._counted = 0
         self._stepped_within = self._has_optimizer = False
 
@@ -71,6 +74,8 @@ class Session:
 
     def remove(self) -> None:
         """Writes what is not yet written, and takes everything off. Twice is once."""
+        if os.getpid() != self._pid:  # a child that the script has forked: the threads and files are not its
+            return
         if self._installed:
             self._installed = False
             self._end_step(None)
@@ -194,6 +199,7 @@ def _watched_groups(holding: Callable[[Iterable[Any]], None]) -> Iterator[None]:
 
     original: Any = Optimizer.add_param_group
 
+    @functools.wraps(original)
     def add_param_group(self: Any, param_group: Any) -> None:
         original(self, param_group)
         holding(self.param_groups[-1]["params"])

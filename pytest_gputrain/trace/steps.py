@@ -9,6 +9,7 @@ optimizer steps.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,6 +168,7 @@ def patched_backward(around: Callable[..., Any]) -> Iterator[None]:
 
     original = torch.autograd.backward
 
+    @functools.wraps(original)
     def backward(*args: Any, **kwargs: Any) -> Any:
         return around(original, *args, **kwargs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 
 import torch
 import torch.distributed as dist
@@ -133,3 +134,42 @@ def leaves_behind_everybodys_back() -> None:
     if rank() == 1:
         os._exit(0)
     dist.all_reduce(torch.ones(3))  # victim
+
+
+@planted(DESYNC, 1, "rank 1 called broadcast #1 with rank 1 as its root where ranks 0, 2 had rank 0",
+         world_size=3)  # fmt: skip
+def different_roots() -> None:
+    dist.broadcast(torch.ones(4), src=1 if rank() == 1 else 0)  # culprit
+    dist.barrier()
+
+
+@planted(DESYNC, None, "ranks 0-2 in recv", world_size=3, stall=60, timeout=100)
+def a_ring_that_receives_first() -> None:
+    dist.recv(torch.zeros(4), (rank() - 1) % 3)  # culprit
+    dist.send(torch.ones(4), (rank() + 1) % 3)
+
+
+@planted(DESYNC, None, "rank 1 in recv", "rank 0 in barrier #1")
+def a_message_against_a_barrier() -> None:
+    if rank() == 0:
+        dist.barrier()  # victim
+    else:
+        dist.recv(torch.zeros(2), 0)  # culprit
+
+
+@planted(DESYNC, 1, "rank 1 never reached all_reduce #", stall=4)
+def is_stopped_after_what_the_backend_does_by_other_means() -> None:
+    dist.reduce_scatter(torch.zeros(4), [torch.ones(4), torch.ones(4)])
+    if rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.all_reduce(torch.ones(4))  # victim
+
+
+@planted(DESYNC, None, "while a thread of it waits in barrier #1 of group 1, which rank 1 never reached",
+         stall=4)  # fmt: skip
+def a_side_thread_that_waits_alone() -> None:
+    group = dist.new_group()
+    thread = threading.Thread(target=lambda: rank() or dist.barrier(group=group))  # culprit
+    thread.start()
+    thread.join()
+    dist.barrier()  # victim

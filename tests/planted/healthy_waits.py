@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import subprocess
 import sys
 import threading
@@ -160,3 +162,33 @@ def shards_its_parameters() -> None:
     for _ in range(2):
         time.sleep(LONG / 3 if rank() else 0)
         net(torch.ones(2, 8)).sum().backward()
+
+
+@healthy
+def three_ranks_of_which_one_sends_late() -> None:
+    """The last message of rank 0 went to a rank that has returned; it waits for another one."""
+    if rank() == 0:
+        late, sent = dist.irecv(torch.zeros(4), 2), dist.isend(torch.ones(4), 1)
+        for handle in (late, sent):
+            assert handle is not None
+            handle.wait()
+    elif rank() == 1:
+        dist.recv(torch.zeros(4), 0)
+    else:
+        time.sleep(LONG)
+        dist.send(torch.ones(4), 0)
+
+
+@healthy
+def three_ranks_and_a_key_after_a_message() -> None:
+    store = dist.distributed_c10d._get_default_store()
+    if rank() == 0:
+        dist.send(torch.ones(4), 1)
+        store.wait(["late"])
+    elif rank() == 1:
+        dist.recv(torch.zeros(4), 0)
+    else:
+        time.sleep(LONG)
+        store.set("late", "")
+    with contextlib.suppress(Exception):
+        store.wait(["never"], datetime.timedelta(seconds=6 if rank() == 0 else 0.1))

@@ -337,3 +337,34 @@ def test_a_script_sees_no_frame_of_the_tracer_in_its_traceback(tmp_path: Path) -
     assert result.verdict is Verdict.FAILED
     assert "grad can be implicitly created only for scalar outputs" in result.ranks[0].stderr
     assert "pytest_gputrain" not in result.ranks[0].stderr
+
+
+ODD = """
+import inspect, os, sys, torch
+from torch import nn
+
+class Odd(nn.Module):
+    __hash__ = None
+    def parameters(self, recurse=True):
+        raise NotImplementedError
+
+class Unmade(nn.Module):
+    def __init__(self):
+        pass
+
+kept = [Odd(), Unmade()]
+assert "retain_graph" in inspect.signature(torch.autograd.backward).parameters
+assert torch.optim.Optimizer.add_param_group.__qualname__ == "Optimizer.add_param_group"
+net = nn.Linear(2, 2)
+optimizer = torch.optim.SGD(net.parameters(), 0.1)
+net(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+if (child := os.fork()) == 0:
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_script_that_forks_and_has_odd_modules_runs_as_without_it(tmp_path: Path) -> None:
+    result = run(tmp_path, write(tmp_path, "odd.py", ODD), timeout=60, stall=20)
+    assert result.verdict is Verdict.PASSED, result.summary()
