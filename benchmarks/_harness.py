@@ -163,6 +163,10 @@ def run_command(
 def _kill_tree(pid: int) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         top = psutil.Process(pid)
-        for process in [*top.children(recursive=True), top]:
+        tree = [*top.children(recursive=True), top]
+        for process in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+        psutil.wait_procs(
+            tree, timeout=30
+        )  # what is killed and still runs would disturb the next measurement

@@ -19,6 +19,7 @@ from pytest_gputrain.checks.result import (
     Figures,
     Outcome,
 )
+from pytest_gputrain.launch.errors import LaunchUsageError
 
 CheckFunction = Callable[[TrainingCase, CheckContext], CheckResult]
 _Body = Callable[[TrainingCase, CheckContext], Figures]
@@ -104,6 +105,8 @@ def _run(check_id: str, body: _Body, case: TrainingCase, ctx: CheckContext) -> C
         message = "; ".join(figures.get("notes", ()))
     except CheckOutcome as ended:
         outcome, message, figures = _outcome(ended), ended.message, ended.figures
+    except LaunchUsageError:
+        raise  # bad input, which no check has looked at yet: one line and exit code 2
     except Exception as error:
         # A defect of the check must never read as one of the user's program, nor as a pass.
         outcome, message = "error", f"the check itself failed: {describe(error)}"

@@ -36,7 +36,7 @@ def run_checks(
     the reason; one that passes is ``failed``. Once ``ddp_completes`` failed with a hang, ``ddp_parity`` and
     ``ddp_data_differs`` are ``skipped``.
     Raises ValueError (CaseError) with one line for an unknown check, or a case whose model cannot be built
-    or whose batch cannot be drawn.
+    or whose batch cannot be drawn, and LaunchUsageError (a ValueError) for what no launch can be asked.
     """
     if not isinstance(case, TrainingCase):
         raise ValueError(

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
-
-from pytest_gputrain.plugin import markers
 
 # How long each test held its GPUs, from run to run, below pytest's cache folder.
 CACHE_KEY = "gputrain/lease-seconds"
@@ -27,9 +26,8 @@ DIST_INPUT = "gputrain_dist"
 _SECONDS = pytest.StashKey[dict[str, float]]()
 
 
-def order(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the tests in order, in place."""
-    needs = {item: _num_gpus(item) for item in items}
+def order(config: pytest.Config, items: list[pytest.Item], needs: Mapping[pytest.Item, int]) -> None:
+    """Put the tests in order, in place. ``needs``: how many GPUs each will hold, 0 if it will be skipped."""
     if not any(needs.values()) or config.getoption("stepwise", False):
         return
     gpu_items = [item for item in items if needs[item]]
@@ -39,11 +37,6 @@ def order(config: pytest.Config, items: list[pytest.Item]) -> None:
     if workerinput.get(DIST_INPUT) == "load":
         ordered = spread(ordered, int(workerinput.get("workercount", 1)))
     items[:] = ordered
-
-
-def _num_gpus(item: pytest.Item) -> int:
-    mark = item.get_closest_marker("requires_gpus")
-    return markers.gpu_need(mark).num_gpus if mark else 0
 
 
 def spread(items: list[pytest.Item], num_workers: int) -> list[pytest.Item]:

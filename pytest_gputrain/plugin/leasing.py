@@ -63,13 +63,15 @@ class LeaseSession:
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         with refusals(config, items):
             markers.prepare(items)  # what others, such as a conftest, have added
-            _prepare_folder(config, items)
-            lease_order.order(config, items)
+            plans = {item: plan(item) for item in items}
+            if any(plans.values()):
+                _prepare_folder(config)
+            lease_order.order(config, items, {item: p.num_gpus if p else 0 for item, p in plans.items()})
 
 
-def _prepare_folder(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Make the folder if any test will lease. Raises ``pytest.UsageError`` when it cannot be used."""
-    if config.getoption("collectonly") or all(plan(item) is None for item in items):
+def _prepare_folder(config: pytest.Config) -> None:
+    """Make the folder through which tests will lease. Raises ``pytest.UsageError`` when it cannot be used."""
+    if config.getoption("collectonly"):
         return
     try:
         folder_of(config).prepare()
