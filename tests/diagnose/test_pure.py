@@ -179,3 +179,12 @@ def test_files_that_are_torn_or_not_there_are_nothing(tmp_path: Path) -> None:
     (tmp_path / "facts_rank0.json").write_text("{")
     assert readings.collectives(tmp_path) == {} and readings.facts(tmp_path) == {}
     assert readings.traces(tmp_path) == {} and readings.gradients(tmp_path) == []
+
+
+def test_a_program_that_took_no_step_or_fewer_proves_no_more_than_that() -> None:
+    nothing = phase_result(STEPS, Verdict.PASSED, None, {})
+    assert nothing.outcome is Outcome.SKIPPED
+    assert nothing.cause == "the program ended without an optimizer step, so nothing was tried"
+    one = phase_result(STEPS, Verdict.PASSED, None, {0: {"began": 0.0, "steps": [1.0]}})
+    assert one.outcome is Outcome.PASS
+    assert one.notes == ("the program ended by itself after 1 of 3 steps",)
