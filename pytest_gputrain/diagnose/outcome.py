@@ -87,10 +87,12 @@ def _at_the_deadline(result: PhaseResult, facts: Facts) -> PhaseResult:
 def _finished(result: PhaseResult, facts: Facts) -> PhaseResult:
     """What ended well proves something only by the steps that it took."""
     fewest = min((len(told.get("steps", ())) for told in facts.values()), default=0)
-    if not fewest:
-        nothing = "the program ended without an optimizer step, so nothing was tried"
+    if not facts:
+        nothing = "the program ended before it trained or made a process group, so nothing was tried"
         return replace(result, outcome=Outcome.SKIPPED, cause=nothing)
-    if result.phase.steps is not None and fewest < result.phase.steps:
+    if not fewest:  # one that updates its parameters by hand takes steps that nobody sees
+        result = replace(result, notes=(*result.notes, "no step of a torch optimizer was seen"))
+    elif result.phase.steps is not None and fewest < result.phase.steps:
         note = f"the program ended by itself after {fewest} of {result.phase.steps} steps"
         result = replace(result, notes=(*result.notes, note))
     for rank, told in facts.items():

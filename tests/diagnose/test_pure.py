@@ -184,7 +184,11 @@ def test_files_that_are_torn_or_not_there_are_nothing(tmp_path: Path) -> None:
 def test_a_program_that_took_no_step_or_fewer_proves_no_more_than_that() -> None:
     nothing = phase_result(STEPS, Verdict.PASSED, None, {})
     assert nothing.outcome is Outcome.SKIPPED
-    assert nothing.cause == "the program ended without an optimizer step, so nothing was tried"
+    assert (
+        nothing.cause == "the program ended before it trained or made a process group, so nothing was tried"
+    )
+    by_hand = phase_result(STEPS, Verdict.PASSED, None, {0: {"began": 0.0, "steps": []}})
+    assert (by_hand.outcome, by_hand.notes) == (Outcome.PASS, ("no step of a torch optimizer was seen",))
     one = phase_result(STEPS, Verdict.PASSED, None, {0: {"began": 0.0, "steps": [1.0]}})
     assert one.outcome is Outcome.PASS
     assert one.notes == ("the program ended by itself after 1 of 3 steps",)
