@@ -42,6 +42,7 @@ class WarmRanks:
     """Ranks that wait for a call, and the server they descend from."""
 
     key: Hashable
+    device: str
     server: ServerHandle
     mark: str
     socks: list[socket.socket]
@@ -102,12 +103,13 @@ class WarmPool:
         with self._lock:
             return [pid for ranks in self._idle for pid in ranks.pids]
 
-    def close(self) -> None:
-        """Ends all idle ranks."""
+    def close(self, device: str | None = None) -> None:
+        """Ends all idle ranks, or those on ``device`` alone."""
         with self._lock:
             idle = self._idle if self._pid == os.getpid() else []
-            self._idle = []
-        for ranks in idle:
+            closing = [ranks for ranks in idle if device in (None, ranks.device)]
+            self._idle = [ranks for ranks in idle if ranks not in closing]
+        for ranks in closing:
             with contextlib.suppress(OSError):
                 ranks.end()
 
@@ -152,15 +154,15 @@ def watched(spec: dict[str, Any], call: bytes, folder: Path) -> LaunchResult:
         if not in_order:  # KeyboardInterrupt, a timeout's exception, a dead server
             server.close()
             sweep.kill_marked(mark)
-    _hand_back(supervision, key, mark)
+    _hand_back(supervision, key, spec["device"], mark)
     result.recycled = supervision.recycled
     return result
 
 
-def _hand_back(supervision: WarmSupervision, key: Hashable, mark: str) -> None:
+def _hand_back(supervision: WarmSupervision, key: Hashable, device: str, mark: str) -> None:
     if supervision.recycled is None:
         pids = [member.pid or 0 for member in supervision.members]
-        POOL.put(WarmRanks(key, supervision.server, mark, supervision.sockets(), pids))
+        POOL.put(WarmRanks(key, device, supervision.server, mark, supervision.sockets(), pids))
     else:
         POOL.recycled.append(supervision.recycled)
         client.give_back(supervision.server)

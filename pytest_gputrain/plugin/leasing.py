@@ -129,6 +129,7 @@ def leased(item: pytest.Item) -> Iterator[None]:
         if lease is not None:
             try:
                 _free_cached_memory()
+                _end_warm_ranks()
             finally:
                 lease.release()
                 del item.stash[_HELD]
@@ -200,6 +201,13 @@ def _free_cached_memory() -> None:
         # A context that a kernel has poisoned frees nothing any more; the lease goes back all the same.
         with contextlib.suppress(Exception):
             torch.cuda.empty_cache()
+
+
+def _end_warm_ranks() -> None:
+    """Kept ranks hold contexts on the GPUs that are about to be somebody else's."""
+    warm = sys.modules.get("pytest_gputrain.launch.warm")
+    if warm is not None:
+        warm.POOL.close("cuda")
 
 
 class _Narrator:

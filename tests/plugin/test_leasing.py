@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -15,6 +16,7 @@ from pytest_gputrain.devices.inventory import parse_fake
 from pytest_gputrain.devices.lease_folder import LeaseFolder
 from pytest_gputrain.devices.lease_place import Request
 from pytest_gputrain.devices.leases import Lease, acquire, holders
+from pytest_gputrain.launch import warm
 
 from .conftest import Run
 
@@ -89,6 +91,30 @@ def test_ranks_see_what_the_test_holds(pytester: pytest.Pytester, run_child: Run
         """
     )
     run_child().assert_outcomes(passed=1)
+
+
+class PretendedRanks(NamedTuple):
+    """What stands in the pool for idle ranks with contexts on GPUs, which there are none of here."""
+
+    device: str
+    folder: LeaseFolder
+    held_at_the_end: list[bool]
+    pids: tuple[int, ...] = (1, 2)
+
+    def end(self) -> None:
+        self.held_at_the_end.append(bool(holders(self.folder)))
+
+
+def test_warm_ranks_are_off_the_gpus_before_somebody_else_gets_them(
+    pytester: pytest.Pytester, run: Run, folder: LeaseFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_cpu, on_cuda = PretendedRanks("cpu", folder, []), PretendedRanks("cuda", folder, [])
+    idle = [on_cpu, on_cuda]
+    monkeypatch.setattr(warm.POOL, "_idle", idle)
+    pytester.makepyfile(TWO_GPUS)
+    run().assert_outcomes(passed=1)
+    assert on_cuda.held_at_the_end == [True]
+    assert on_cpu.held_at_the_end == [False]  # with the session
 
 
 def test_gpus_is_for_tests_that_hold_some(pytester: pytest.Pytester, run: Run) -> None:
