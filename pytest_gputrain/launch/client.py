@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -133,17 +133,16 @@ class ServerHandle:
             return False
         return False
 
-    def children(self) -> list[int]:
-        """Living processes whose parent the server is: ranks, and what they have left to it."""
-        pid = self.pid
+    def strangers(self, own: Collection[int]) -> list[int]:
+        """Living processes whose parent the server is, ``own`` aside: what ranks have left to it."""
+        pid, pids = self.pid, list[int]()
         try:
             with open(f"/proc/{pid}/task/{pid}/children") as file:
                 pids = [int(word) for word in file.read().split()]
         except OSError:  # a kernel without that list
             with contextlib.suppress(psutil.Error):
-                return [child.pid for child in psutil.Process(pid).children()]
-            return []
-        return [child for child in pids if process.is_alive(child)]
+                pids = [child.pid for child in psutil.Process(pid).children()]
+        return [child for child in pids if child not in own and process.is_alive(child)]
 
     def close(self, within: float = 15.0) -> None:
         """Ends the server and all below it: it cleans up when its socket closes; SIGKILL if it does not."""

@@ -94,7 +94,7 @@ def changed(before: object, after: object) -> str:
 
 def open_files() -> int:
     """How many descriptors this process has open."""
-    return len(os.listdir("/proc/self/fd"))
+    return os.stat("/proc/self/fd").st_size or len(os.listdir("/proc/self/fd"))  # the size: from Linux 6.2 on
 
 
 def resident() -> int:
@@ -130,7 +130,7 @@ def python() -> dict[str, Probe]:
         "garbage collector": lambda: (gc.isenabled(), gc.get_threshold(), len(gc.callbacks)),
         "import hooks": lambda: [list(sys.meta_path), list(sys.path_hooks)],
         "warnings filters": lambda: list(warnings.filters),
-        "logging": _logging,
+        "logging": Loggers(),
         "locale": lambda: locale.setlocale(locale.LC_ALL),
         "decimal context": lambda: repr(decimal.getcontext()),
     }
@@ -198,22 +198,25 @@ def _hooks() -> dict[str, object]:
     }
 
 
-def _logging() -> dict[str, object]:
-    """The root logger and what was set on others; a logger that an import brings along is none of it."""
-    found: dict[str, object] = {"disable": logging.root.manager.disable}
-    for name, logger in [("root", logging.root), *logging.root.manager.loggerDict.items()]:
-        if isinstance(logger, logging.Logger) and (name == "root" or name in _known_loggers()):
-            found[name] = (logger.level, logger.disabled, logger.propagate, list(logger.handlers))
-    return found
+class Loggers:
+    """The root logger and those that are there, to see that none was set up anew. What comes new is fine."""
 
+    _read = operator.attrgetter("level", "disabled", "propagate", "handlers")
 
-_loggers: set[str] = set()
+    def __init__(self) -> None:
+        there = logging.root.manager.loggerDict.values()
+        self._loggers = [logging.root, *(each for each in there if isinstance(each, logging.Logger))]
+        self._clean = dict.fromkeys((logger.name for logger in self._loggers), "as it was")
+        self._values = [(*rest, list(handlers)) for *rest, handlers in map(self._read, self._loggers)]
 
-
-def _known_loggers() -> set[str]:
-    if not _loggers:
-        _loggers.update(logging.root.manager.loggerDict)
-    return _loggers
+    def __call__(self) -> dict[str, object]:
+        """Each by name, and whether logging is off as a whole."""
+        found: dict[str, object] = {**self._clean, "disable": logging.root.manager.disable}
+        now = list(map(self._read, self._loggers))  # hundreds, after every call: in C
+        if now != self._values:
+            trios = zip(self._loggers, now, self._values, strict=True)
+            found.update({logger.name: after for logger, after, before in trios if after != before})
+        return found
 
 
 def _may_be_replaced(name: str, value: object) -> bool:
@@ -226,23 +229,28 @@ class Attributes:
     def __init__(self, *namespaces: type | ModuleType) -> None:
         self._known = []
         for space in namespaces:
-            names = [name for name, value in vars(space).items() if _may_be_replaced(name, value)]
-            read = operator.itemgetter(*names)  # a thousand names, after every call: in C
-            self._known.append((space, names, read, read(vars(space))))
+            known = {name: value for name, value in vars(space).items() if _may_be_replaced(name, value)}
+            self._known.append((space, known, _contents(space)))
 
     def __call__(self) -> dict[str, str]:
         """The replaced ones, by name; none when clean."""
         found: dict[str, str] = {}
-        for space, names, read, values in self._known:
-            try:
-                if read(vars(space)) == values:
+        for number, (space, known, contents) in enumerate(self._known):
+            now = _contents(space)
+            with contextlib.suppress(Exception):  # a value that cannot be compared is a new one
+                if now == contents:  # thousands, after every call: in C
                     continue
-            except KeyError:  # one was deleted
-                pass
-            now = map(vars(space).get, names)
-            pairs = zip(names, now, values, strict=True)
-            found.update({f"{space.__name__}.{name}": "" for name, a, b in pairs if a is not b})
+            there = vars(space)
+            replaced = [name for name, value in known.items() if there.get(name) is not value]
+            found.update({f"{space.__name__}.{name}": "" for name in replaced})
+            if not replaced:
+                self._known[number] = (space, known, now)
         return found
+
+
+def _contents(space: type | ModuleType) -> tuple[list[str], list[object]]:
+    """What a namespace holds, quick to compare: what is the same object is not asked whether it is equal."""
+    return list(vars(space)), list(vars(space).values())
 
 
 STANDARD = (builtins, os, time, random, warnings)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..devices.visible import VARIABLE
-from . import client, payload, request, sweep, warm
+from . import client, output, payload, request, sweep, warm
 from .conclude import concluded
 from .errors import LaunchError, LaunchUsageError, ServerLost
 from .member import Member
@@ -164,7 +164,7 @@ class Launcher:
                 "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
 
     def _run(self, spec: dict[str, Any], call: bytes, size: int, name: str, check: bool) -> LaunchResult:
-        temporary, folder = self._folder(name)
+        temporary, folder = self._folder(name, spec["kind"])
         spec |= {
             "op": "launch",
             "folder": str(folder),
@@ -189,10 +189,14 @@ class Launcher:
             raise LaunchError(result)
         return result
 
-    def _folder(self, name: str) -> tuple[bool, Path]:
+    def _folder(self, name: str, kind: str) -> tuple[bool, Path]:
         """(whether it is temporary, the folder)"""
         if self.defaults.artifacts is None:
-            return True, Path(tempfile.mkdtemp(prefix=f"gputrain-{os.getpid()}-"))
+            prefix = f"gputrain-{os.getpid()}-"
+            if kind == "function":
+                return True, output.temporary_folder(prefix)
+            # On disk: torchrun keeps logs of its own there, without bound.
+            return True, Path(tempfile.mkdtemp(prefix=prefix))
         folder = self.defaults.artifacts / f"{name}-{os.getpid()}-{next(_numbers)}"
         folder.mkdir(parents=True)
         return False, folder

@@ -127,20 +127,20 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-_STATUS = re.compile(r"^(State|SigPnd|ShdPnd):\s*(\S+)", re.MULTILINE)
+_STATUS = re.compile(rb"\n(State|SigPnd|ShdPnd):\s*(\S+)")
 
 
 def trouble(pid: int) -> str | None:
     """``died`` or ``stopped`` for a process that is, or will be by a signal that it has yet to take."""
-    text = ""
-    with suppress(OSError), open(f"/proc/{pid}/status") as file:
+    text = b""
+    with suppress(OSError), open(f"/proc/{pid}/status", "rb", buffering=0) as file:
         text = file.read()
     fields = dict(_STATUS.findall(text))
-    state = fields.get("State", "X")[0]
-    pending = int(fields.get("SigPnd", "0"), 16) | int(fields.get("ShdPnd", "0"), 16)
-    if state in "ZX" or pending & 1 << signal.SIGKILL - 1:
+    state = fields.get(b"State", b"X")[:1]
+    pending = int(fields.get(b"SigPnd", b"0"), 16) | int(fields.get(b"ShdPnd", b"0"), 16)
+    if state in b"ZX" or pending & 1 << signal.SIGKILL - 1:
         return "died"
-    return "stopped" if state in "Tt" or pending & 1 << signal.SIGSTOP - 1 else None
+    return "stopped" if state in b"Tt" or pending & 1 << signal.SIGSTOP - 1 else None
 
 
 def catches(pid: int, number: int) -> bool:

@@ -82,8 +82,6 @@ class WarmSupervision(Supervision):
         """Lets the ranks be if they are clean; otherwise ends them as any launch's."""
         self.recycled = self._why_recycled(ending)
         if self.recycled is None:
-            if self._spec["temporary"]:
-                wire.send(self.server.sock, {"op": "temporary", "folder": None})
             self._decided = True
         else:
             super().end(ending)
@@ -104,14 +102,9 @@ class WarmSupervision(Supervision):
             return dirt[0]
         if any(member.exit for member in self.members):
             return "a rank died after its report"
-        if strangers := self._strangers():
+        if strangers := self.server.strangers([member.pid for member in self.members if member.pid]):
             return f"child processes left running: {strangers}"
         return None
-
-    def _strangers(self) -> list[int]:
-        """Living processes that the server has adopted: what a rank has started and disowned."""
-        own = {member.pid for member in self.members}
-        return [pid for pid in self.server.children() if pid not in own]
 
     def close(self) -> None:
         """Closes this side of every socket; those of ranks that stay are left open."""

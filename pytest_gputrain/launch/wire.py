@@ -23,11 +23,12 @@ def send(sock: socket.socket, header: Header, body: bytes = b"", fds: Sequence[i
     """Sends one frame and blocks until it is in the kernel. Raises OSError when the other side is gone."""
     head = json.dumps(header).encode()
     first = _LENGTHS.pack(len(head), len(body)) + head
+    if len(body) <= _CHUNK:  # in one piece: each wakes the other side
+        first, body = first + body, b""
     if fds:
         sent = socket.send_fds(sock, [first], list(fds))
-        sock.sendall(first[sent:])
-    else:
-        sock.sendall(first)
+        first = first[sent:]
+    sock.sendall(first)
     if body:
         sock.sendall(body)
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from pytest_gputrain import launch
-from pytest_gputrain.launch import Verdict
+from pytest_gputrain.launch import Verdict, warm
 
 MARK = "GPUTRAIN_TEST_SURVIVORS"
 
@@ -141,6 +141,13 @@ def test_ctrl_c_and_sigterm_in_pytest(number: signal.Signals, tmp_path: Path) ->
     assert wait_until(lambda: not marked(session.mark), 10), marked(session.mark)
 
 
+@pytest.fixture
+def no_idle_ranks() -> None:
+    """Those that tests before have left would be taken for the ranks to kill."""
+    warm.POOL.close()
+
+
+@pytest.mark.usefixtures("no_idle_ranks")
 @pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_sigkill_of_torchrun(times: int, tmp_path: Path) -> None:
     script = tmp_path / "hang.py"
@@ -170,6 +177,7 @@ def _no_child_of_a_server() -> None:
         assert server.children(recursive=True) == []
 
 
+@pytest.mark.usefixtures("no_idle_ranks")
 def test_sigkill_of_the_fork_server(tmp_path: Path) -> None:
     ready = tmp_path / "ready"
     mark = uuid.uuid4().hex
@@ -217,4 +225,5 @@ def test_fifty_launches_leave_memory_files_and_processes_flat() -> None:
     del result
     assert me.num_fds() <= files
     assert me.memory_info().rss - memory < 20_000_000
-    assert list(Path(tempfile.gettempdir()).glob(f"gputrain-{os.getpid()}-*")) == []
+    for place in (tempfile.gettempdir(), "/dev/shm"):
+        assert list(Path(place).glob(f"gputrain-{os.getpid()}-*")) == []
