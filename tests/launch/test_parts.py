@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,27 @@ def test_ranks_are_listed_briefly(ranks: list[int], text: str) -> None:
 def test_last_lines_say_what_is_missing_and_are_bounded() -> None:
     assert output.last_lines("a\nb\nc\n", 2) == "[1 lines before]\nb\nc"
     assert len(output.last_lines("x" * 10_000, 5)) == 400
+
+
+def test_a_temporary_folder_is_where_tmpdir_says_or_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    assert output.temporary_folder("it-").parent == tmp_path
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    for least, where in ((0, tmp_path), (1 << 62, Path("/tmp"))):
+        monkeypatch.setattr(output, "_MEMORY", str(tmp_path))
+        monkeypatch.setattr(output, "_FREE", least)
+        made = output.temporary_folder("it-")
+        made.rmdir()
+        assert made.parent == where
+    monkeypatch.setattr(output, "_MEMORY", str(tmp_path / "missing"))
+    made = output.temporary_folder("it-")
+    made.rmdir()
+    assert made.parent == Path("/tmp")
 
 
 def test_a_call_travels() -> None:
