@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
-from . import process
+from . import process, stacks
 
 Probe = Callable[[], object]
 
@@ -128,12 +128,27 @@ def python() -> dict[str, Probe]:
         "interpreter hooks": _hooks,
         "interpreter limits": lambda: (sys.getrecursionlimit(), sys.getswitchinterval()),
         "garbage collector": lambda: (gc.isenabled(), gc.get_threshold(), len(gc.callbacks)),
-        "import hooks": lambda: [list(sys.meta_path), list(sys.path_hooks)],
+        "import hooks": _import_hooks,
         "warnings filters": lambda: list(warnings.filters),
         "logging": Loggers(),
         "locale": lambda: locale.setlocale(locale.LC_ALL),
         "decimal context": lambda: repr(decimal.getcontext()),
     }
+
+
+def _import_hooks() -> dict[str, int]:
+    """Finders and path hooks by name, but for those that an installed library brings with its import."""
+    hooks = [*sys.meta_path, *sys.path_hooks]
+    return {_name(hook): id(hook) for hook in hooks if not _of_a_library(hook)}
+
+
+def _name(hook: object) -> str:
+    return str(getattr(hook, "__qualname__", type(hook).__qualname__))
+
+
+def _of_a_library(hook: object) -> bool:
+    module = sys.modules.get(getattr(hook, "__module__", None) or "")
+    return stacks.is_installed(getattr(module, "__file__", None) or "")
 
 
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)

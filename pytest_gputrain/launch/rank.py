@@ -89,7 +89,7 @@ def run_function(
             value, location = recorder.called(target, args, kwargs)
         body = pack(value, rank)
         flush()
-        imported = _imported_since(known) if rank == 0 else []
+        imported = imported_since(known) if rank == 0 else []
         link.report("passed", body, imported=imported, location=location)
     except BaseException as error:  # SystemExit and pytest's outcomes are BaseExceptions
         flush()
@@ -108,7 +108,7 @@ def tracing(spec: Mapping[str, Any], rank: int) -> contextlib.AbstractContextMan
     return installed(spec.get("trace"), folder, rank, watchdog_seconds=seconds)
 
 
-def _imported_since(known: frozenset[str]) -> list[str]:
+def imported_since(known: frozenset[str]) -> list[str]:
     """Modules of model libraries that this rank had to import: the server does so before the next launch."""
     return [name for name in sys.modules if name.startswith(_LIBRARIES) and name not in known]
 

@@ -142,6 +142,11 @@ def waits_in(frames: Sequence[Frame]) -> str | None:
     return called
 
 
+def is_installed(file: str) -> bool:
+    """Whether a file belongs to an installed library."""
+    return _INSTALLED.search(file) is not None
+
+
 def is_users(file: str) -> bool:
     """Whether a file is neither torch's nor the standard library's, installed, or this package's."""
     return not (_is_machinery(file) or file.startswith(_CHECKING) or _INSTALLED.search(file))

@@ -165,6 +165,7 @@ def _hand_back(supervision: WarmSupervision, key: Hashable, device: str, mark: s
         POOL.put(WarmRanks(key, device, supervision.server, mark, supervision.sockets(), pids))
     else:
         POOL.recycled.append(supervision.recycled)
+        supervision.server.preload((supervision.members[0].report or {}).get("imported", []))
         client.give_back(supervision.server)
 
 

@@ -50,6 +50,7 @@ class _Kept:
     ) -> None:
         self._link, self._spec, self._number, self._streams = link, spec, number, streams
         self._port = os.environ["MASTER_PORT"]
+        self._modules, self._num_modules = frozenset(sys.modules), len(sys.modules)
         self._traffic = dirt_torch.Traffic()
         gc.collect()
         gc.freeze()  # so that a collection after each call looks at what the call made, and takes 0.1 ms
@@ -85,7 +86,7 @@ class _Kept:
             del value
             rank.flush()
             found = {"dirt": self._dirt(), "figures": self._traffic.figures()}
-            self._link.report("passed", body, imported=[], location=location, **found)
+            self._link.report("passed", body, imported=self._imported(), location=location, **found)
         except BaseException as error:
             rank.flush()
             state, details = rank.describe(error)
@@ -96,6 +97,12 @@ class _Kept:
         target, args, kwargs = payload.unpack_call(call)
         with rank.tracing(self._spec, self._number):
             return recorder.called(target, args, kwargs)
+
+    def _imported(self) -> list[str]:
+        """What the ranks that come after these, should these be ended, need not import again."""
+        if self._number or len(sys.modules) == self._num_modules:
+            return []
+        return rank.imported_since(self._modules)
 
     def _dirt(self) -> list[str]:
         # What waits for a collection (a generator, a pool) would act in somebody else's call. What the call

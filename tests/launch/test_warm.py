@@ -364,3 +364,28 @@ def test_what_only_all_ranks_together_tell() -> None:
     assert warm_watch.between([{**clean, "balance": 1}, clean]) == [
         "point-to-point operations: what was sent and what was received differ in number"
     ]
+
+
+@pytest.mark.slow
+def test_a_model_library_is_imported_once_and_is_no_dirt() -> None:
+    def program() -> tuple[int, bool]:
+        there = "transformers.models.gpt2.modeling_gpt2" in sys.modules
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        config = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)
+        GPT2LMHeadModel(config)(torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+        return os.getpid(), there
+
+    own_server = {"PYTHONHASHSEED": "7"}
+    first, second = (launch(program, isolation="warm", env=own_server) for _ in range(2))
+    assert first.recycled is None and second.values == [(pid, True) for pid, _ in first.values]
+
+    def leaves_a_variable() -> None:
+        import transformers.models.llama.modeling_llama  # noqa: F401
+
+        os.environ["LEFT"] = "1"
+
+    assert launch(leaves_a_variable, isolation="warm", env=own_server).recycled
+    third = launch(program, isolation="warm", env=own_server)
+    assert [there for _, there in third.values] == [True, True], "the server has imported it meanwhile"
