@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from pytest_gputrain.diagnose.records import Missing, Outcome, Phase, PhaseResult
-from pytest_gputrain.launch.records import Cause, Verdict
+from pytest_gputrain.launch.records import Cause, Verdict, without_gradient
 
 Facts = Mapping[int, Mapping[str, Any]]
 
@@ -25,7 +25,7 @@ _OUTCOMES = {
 # first is never: it allocates, compiles and fills caches.
 _FAR_LONGER, _LONG_SECONDS = 5.0, 10.0
 _SHOWN = 4
-_UNREDUCED = "Expected to have finished reduction in the prior iteration"
+_UNREDUCED = "no gradient in the last step for "
 # What a rank raises when a switch finds nothing to change: a run without its effect proves nothing.
 _SWITCH = "SwitchError: "
 
@@ -60,10 +60,9 @@ def phase_result(
     if verdict is Verdict.PASSED:
         return _finished(result, facts)
     if verdict is Verdict.FAILED and missing and _UNREDUCED in result.cause:
+        # In the order of the model, with those of all ranks; DDP's own list has one rank's, sorted by name.
         who = result.cause.partition(_UNREDUCED)[0]
-        names = ", ".join(one.name for one in missing[:_SHOWN])
-        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-        return replace(result, cause=f"{who}{_UNREDUCED}: no gradient for {names}{more}")
+        return replace(result, cause=who + without_gradient([one.name for one in missing]))
     return result
 
 

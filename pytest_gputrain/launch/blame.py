@@ -58,11 +58,13 @@ def desync(scenes: Mapping[int, Scene], entries: Entries | None = None) -> tuple
         text = f"{rank_list(odd)} called {other.name()} with {other.tensors()} where {rank_list(many)} had "
         cause = Cause(odd[0] if known else None, "mismatch", text + usual.tensors(), other.location)
         return cause, likely.MISMATCH
+    advice = likely.of_order(scenes[odd[0]].calls, scenes[many[0]].calls, other, usual)
+    if not known and likely.is_stranger(usual, scenes[odd[0]].calls, other, scenes[many[0]].calls):
+        many, odd, usual, other = odd, many, other, usual
     text = f"{rank_list(odd)} called {other} where {rank_list(many)} called {usual}"
     if usual.location:
-        text += f" at {usual.location}"
-    cause = Cause(odd[0] if known else None, "order", text, other.location)
-    return cause, likely.of_order(scenes[odd[0]].calls, scenes[many[0]].calls, other, usual)
+        text += f" [{usual.location}]"
+    return Cause(odd[0] if known else None, "order", text, other.location), advice
 
 
 def _absent(scenes: Mapping[int, Scene], entries: Entries) -> tuple[Cause, str] | None:

@@ -45,6 +45,19 @@ def of_order(mine: Sequence[Call], theirs: Sequence[Call], call: Call, other: Ca
     return advice
 
 
+def is_stranger(call: Call, there: Sequence[Call], other: Call, here: Sequence[Call]) -> bool:
+    """Of two calls that met under one number, whether ``call`` rather than ``other`` should not be there.
+
+    The other side (``there``) has never come to its line, while its own (``here``) knows the other's line; or
+    both lines are new to the other side, and the other call is not the user's but DDP's own.
+    """
+    if call.location is None or any(known.location == call.location for known in there):
+        return False
+    if any(known.location == other.location for known in here):
+        return True
+    return call.note is None and other.note is not None
+
+
 def of_absence(scenes: Mapping[int, Scene], call: Call, waits: int, absent: int) -> str:
     """For a call in which ``waits`` waits and to which ``absent`` never came."""
     if call.location is None:

@@ -141,7 +141,6 @@ def join_group(spec: Mapping[str, Any], rank: int, listen_fd: int | None) -> Non
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if device == "cuda":
         torch.cuda.set_device(rank % max(1, torch.cuda.device_count()))
-    dist.set_debug_level_from_env()  # type: ignore[attr-defined]  # read when the server started
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # The group's own timeout is later than the launch's: the launch names the culprit, the group a victim.
     timeout = datetime.timedelta(seconds=spec.get("group_timeout", spec["timeout"] + 60))

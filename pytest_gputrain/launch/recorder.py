@@ -42,6 +42,8 @@ _DTYPES = {
     "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
     "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
 }  # fmt: skip
+_DDPS_OWN = {"_engine_run_backward": "in backward", "_sync_buffers": "DDP's buffers"}
+"""Python functions that call collectives which the user's line does not show."""
 
 _place: tuple[str, int] | None = None
 _listener: tuple[int, socket.socket] | None = None
@@ -78,8 +80,23 @@ def place(folder: str, mark: str | None, rank: int) -> None:
     global _place
     _place = (mark, rank) if mark else None
     calls.place(os.path.join(folder, calls.FILE))
+    set_debug_level()
     if _listener is not None and _listener[0] == os.getpid():
         start()
+
+
+def set_debug_level() -> None:
+    """torch's, from this rank's environment: torch read it when the server started.
+
+    INFO where nobody has set one, so that DDP's error names the parameters that it waits for; it looks their
+    names up only when it raises.
+    """
+    if (dist := sys.modules.get("torch.distributed")) is None:
+        return
+    if "TORCH_DISTRIBUTED_DEBUG" in os.environ:
+        dist.set_debug_level_from_env()
+    else:
+        dist.set_debug_level(dist.DebugLevel.INFO)
 
 
 def start() -> None:
@@ -211,7 +228,7 @@ def _as_record(entry: Mapping[str, Any], ranks: Mapping[str, list[int]]) -> dict
         "state": "done" if done else "waiting",
         "location": str(frame) if (frame := stacks.user_frame(frames)) else None,
         "at": created / 1e9 if created else None,
-        "note": "in backward" if any(f.function == "_engine_run_backward" for f in frames) else None,
+        "note": next((_DDPS_OWN[f.function] for f in frames if f.function in _DDPS_OWN), None),
     }
 
 

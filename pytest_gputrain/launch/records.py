@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,6 +66,31 @@ _WAITED = re.compile(
     r"|monitoredBarrier|Timeout waiting for key",
     re.IGNORECASE,
 )
+# What DistributedDataParallel says of a parameter without a gradient: a paragraph of guesses, then which they
+# are, by name (TORCH_DISTRIBUTED_DEBUG=INFO, which ranks have unless the user sets another) or by number.
+_UNREDUCED = "Expected to have finished reduction in the prior iteration"
+_NAMES = re.compile(r"Parameters which did not receive grad for rank \d+: (.+)")
+_NUMBERS = re.compile(r"Parameter indices which did not receive grad for rank \d+: ([\d ]+)")
+_SHOWN = 4
+
+
+def without_gradient(names: Sequence[str]) -> str:
+    """``no gradient in the last step for a.weight, a.bias (DDP waited for them)``"""
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    waited = "it" if len(names) == 1 else "them"
+    return f"no gradient in the last step for {', '.join(names[:_SHOWN])}{more} (DDP waited for {waited})"
+
+
+def _unreduced(message: str) -> str | None:
+    """Of DDP's error the part that says what is the matter; None for any other."""
+    if not message.lstrip().startswith(_UNREDUCED):
+        return None
+    if (found := _NAMES.search(message)) is not None:
+        return without_gradient([name.strip() for name in found[1].split(",")])
+    if (found := _NUMBERS.search(message)) is not None:
+        return without_gradient([f"parameter {number}" for number in found[1].split()])
+    return None
 
 
 @dataclass(frozen=True)
@@ -81,6 +107,8 @@ class RankError:
         """``ValueError: boom``, one line, at most 300 characters; of another rank's death just its name."""
         if (echo := _VICTIM.search(self.message)) is not None:
             return f"{self.type}: {echo[0]}"
+        if (unreduced := _unreduced(self.message)) is not None:
+            return f"{self.type}: {unreduced}"
         lines = self.message.strip().splitlines()
         text = f"{self.type}: {lines[0]}" if lines else self.type
         return text if len(text) <= 300 else text[:297] + "..."

@@ -70,9 +70,9 @@ class _Kept:
         self._spec = header
         folder = Path(header["folder"]) / f"rank{self._number}"
         point_at(folder, self._streams)
-        recorder.place(str(folder), header["environ"][sweep.MARK], self._number)
         own = {"RANK": str(self._number), "LOCAL_RANK": str(self._number), "MASTER_PORT": self._port}
         _set_environment({**header["environ"], **own})
+        recorder.place(str(folder), header["environ"][sweep.MARK], self._number)
         sys.path[:], sys.argv[:] = header["sys_path"], header["argv"]
         os.chdir(header["cwd"])
         tempfile.tempdir = None  # it follows TMPDIR

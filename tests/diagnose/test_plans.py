@@ -70,7 +70,7 @@ def test_an_unused_parameter_is_named_by_the_phase_of_several_steps(diagnose: Di
     assert done.advice == ["missing", "static_graph", "own_error"]
     failed = done.phase("ddp_steps")
     assert failed["cause"].endswith(
-        "Expected to have finished reduction in the prior iteration: no gradient for extra.weight, extra.bias"
+        "no gradient in the last step for extra.weight, extra.bias (DDP waited for them)"
     )
     assert "with_arguments.py:" in failed["location"]
     assert "ddp_steps extra.weight ranks=0,1 steps=1\n" in (done.out / "all_missing_params.txt").read_text()

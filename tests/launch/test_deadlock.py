@@ -149,6 +149,30 @@ def test_the_words_for_sizes_that_differ() -> None:
     )
 
 
+@pytest.mark.parametrize("guest", [0, 1])
+def test_of_two_ranks_the_one_at_a_line_that_only_it_knows_is_at_the_cause(guest: int) -> None:
+    loop: list[Step] = [("broadcast", 8, "t.py:18"), ("all_reduce", 72, "t.py:19")] * 3
+    other = [*loop[:4], ("barrier", 0, "t.py:23"), *loop[4:]]
+    found = blame.explain(standstill([other, loop] if guest == 0 else [loop, other]))
+    assert found is not None
+    assert str(found.cause) == (
+        f"rank {guest} called barrier #5 (0 x float32) where rank {1 - guest} called broadcast #5 "
+        "(8 x float32) [t.py:18 in train]   at t.py:23 in train"
+    )
+    assert found.advice.startswith("only some ranks come to t.py:23 in train (barrier)")
+
+
+def test_of_two_new_lines_the_users_own_call_is_at_the_cause() -> None:
+    mine, ddps = Call(1, "all_reduce", location="t.py:7 in f"), Call(1, "broadcast", location="t.py:3 in f")
+    ddps = ddps._replace(note="DDP's buffers")
+    for calls in ((mine, ddps), (ddps, mine)):
+        both = [call._replace(ranks=(0, 1), waiting=True) for call in calls]
+        scenes = {r: Scene(r, blocked=True, location=both[r].location, calls=[both[r]]) for r in (0, 1)}
+        found = blame.explain(scenes)
+        assert found is not None and found.cause.location == "t.py:7 in f"
+        assert "[t.py:3 in f]" in found.cause.message
+
+
 def test_ranks_that_shifted_against_each_other_parted_where_their_lines_first_differ() -> None:
     loop: list[Step] = [("all_reduce", 1, f"t.py:{line}") for line in (1, 2, 1, 2, 1, 2)]
     found = blame.explain(standstill([loop, [loop[0], *loop[2:]]]))

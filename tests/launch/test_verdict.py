@@ -71,6 +71,22 @@ def test_leaving_with_exit_code_0_is_a_crash() -> None:
     assert cause.message == "rank 1 left with exit code 0 before it was done (os._exit?)"
 
 
+def test_a_parameter_that_ddp_waited_for_is_named_in_the_first_line() -> None:
+    said = (
+        "Expected to have finished reduction in the prior iteration before starting a new one. This error "
+        "indicates that ...\n"
+    )
+    numbers = "Parameter indices which did not receive grad for rank 1: 2 3"
+    names = "Parameters which did not receive grad for rank 1: aux_head.bias, aux_head.weight\n"
+    assert RankError("RuntimeError", said + names + numbers, "").headline == (
+        "RuntimeError: no gradient in the last step for aux_head.bias, aux_head.weight (DDP waited for them)"
+    )
+    assert RankError("RuntimeError", said + numbers, "").headline == (
+        "RuntimeError: no gradient in the last step for parameter 2, parameter 3 (DDP waited for them)"
+    )
+    assert RankError("RuntimeError", said, "").headline == f"RuntimeError: {said.strip()}"
+
+
 def test_only_echoes_blame_the_rank_that_had_left() -> None:
     verdict, cause = verdict_of(rank(0, "failed", 1.0, error=CLOSED), rank(1, "passed", 0.5))
     assert (verdict, cause.rank, cause.kind) == (Verdict.FAILED, 1, "left")
