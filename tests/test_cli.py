@@ -73,6 +73,15 @@ def code_of(arguments: list[str]) -> int:
             ["check", "--gputrain-case", "json:dumps_all"],
             "gputrain check: case: json has no attribute 'dumps_all'; did you mean dumps or dump?",
         ),
+        (
+            ["check", "--world-sise=2", GPT],
+            "gputrain check: unrecognized arguments: --world-sise=2; did you mean --world-size?; "
+            "see gputrain check --help",
+        ),
+        (
+            ["doctor", "--json", "/"],
+            "gputrain doctor: argument --json: '/' is a folder; give a file, such as /out.json",
+        ),
         (["lunch"], "gputrain: argument COMMAND: invalid choice: 'lunch'"),
         ([], "gputrain: the following arguments are required: COMMAND"),
     ],
@@ -103,8 +112,7 @@ def test_too_few_gpus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert code_of(["check", "--device", "cuda"]) == 2
     assert capsys.readouterr().err == (
         "gputrain check: --device cuda --world-size 2 needs 2 GPUs, found 1 (pretended GPU, by "
-        "GPUTRAIN_FAKE_GPUS); --share-gpu lets ranks share it through gloo; give --device cpu or "
-        "fewer ranks\n"
+        "GPUTRAIN_FAKE_GPUS); give --device cpu or fewer ranks\n"
     )
 
 
@@ -126,6 +134,17 @@ def test_share_gpu_by_the_environment(
     assert code_of(["check", GPT]) == 2
     assert capsys.readouterr().err == (
         "gputrain check: GPUTRAIN_SHARE_GPU='perhaps' is not legal; give true or false\n"
+    )
+
+
+def test_a_misspelt_variable_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUTRAIN_STAL", "5")
+    assert code_of(["doctor"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "gputrain doctor: GPUTRAIN_STAL='5': there is no such variable; did you mean GPUTRAIN_STALL?\n",
     )
 
 
@@ -186,6 +205,20 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         "",
         "1 passed, 1 failed, 1 skipped",
     ]
+
+
+def test_without_a_case_it_says_what_is_checked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_results(monkeypatch, PASSED)
+    monkeypatch.delenv("GPUTRAIN_CASE", raising=False)
+    main(["check"])
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == (
+        "no case given, so the bundled reference models are checked; for a model of yours: "
+        "gputrain check MODULE:ATTR (docs/cases.md)"
+    )
+    assert second.startswith("case ")
 
 
 def test_json_carries_its_origin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,13 @@ nothing was started; 5 nothing ran, which proves nothing; 130 interrupted.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from pytest_gputrain.cli import check, diagnose, doctor
 from pytest_gputrain.cli.arguments import EXIT_INTERRUPTED, EXIT_USAGE, Parser, UsageError
+from pytest_gputrain.variables import unknown
 
 # Each has `declare(commands)`, which adds its parser with `run` as a default: options -> exit code.
 _SUBCOMMANDS = (check, diagnose, doctor)
@@ -21,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     name = f"gputrain {options.command}"
     try:
+        if mistaken := unknown(os.environ):
+            raise UsageError(mistaken)
         return int(options.run(options))
     except UsageError as error:
         print(f"{name}: {error}", file=sys.stderr)

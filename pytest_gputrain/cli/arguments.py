@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pytest_gputrain.values import LEGAL_FLAG, LEGAL_SECONDS, parse_flag, parse_seconds
 
@@ -22,6 +24,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Refuse here what is unknown: argparse leaves that of a subcommand to the main parser, which does
+        not know its options.
+        """
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self.names(), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+    def names(self) -> frozenset[str]:
+        """The options, as they are written."""
+        return frozenset(self._option_string_actions)
 
 
 def add_deadlines(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +76,9 @@ def seconds(text: str) -> float:
 
 def file(text: str) -> Path:
     path = Path(text)
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file, such as {path / 'out.json'}")
+    if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a file in a folder that is there")
     return path
 

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from pytest_gputrain.checks import CheckResult
 
 LINE_WIDTH = 120  # of a message in the table; it stands below in full
+NO_CASE = (
+    "no case given, so the bundled reference models are checked; for a model of yours: "
+    "gputrain check MODULE:ATTR (docs/cases.md)"
+)
 
 
 def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -59,7 +63,8 @@ def _check(options: argparse.Namespace) -> int:
     options.share_gpu = options.share_gpu or flag_of("GPUTRAIN_SHARE_GPU")
     _require_gpus(options)
     given = [*options.specs, *(options.gputrain_case or ())]
-    cases = _cases(given or os.environ.get("GPUTRAIN_CASE", "").replace(",", " ").split())
+    specs = given or os.environ.get("GPUTRAIN_CASE", "").replace(",", " ").split()
+    cases = _cases(specs)
     if options.stall is not None or options.share_gpu:
         stall = {} if options.stall is None else {"stall": options.stall}
         SESSION_LAUNCHER.set(Launcher(defaults=LaunchDefaults(share_gpu=options.share_gpu, **stall)))
@@ -68,6 +73,8 @@ def _check(options: argparse.Namespace) -> int:
     try:
         for case in cases:  # all of them before the first check: bad input is told at once, not an hour later
             preflight(case, context)
+        if not specs:
+            print(NO_CASE, flush=True)
         show = _table([case.name for case in cases], ids)
         for case in cases:
             results += run_checks(

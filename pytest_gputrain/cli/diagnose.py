@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from pytest_gputrain.cli.arguments import (
     EXIT_FAILED,
     EXIT_NOTHING_RAN,
     EXIT_OK,
+    Parser,
     UsageError,
     add_deadlines,
     device,
@@ -64,6 +66,8 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add("--json", type=file, metavar="FILE", help="also write report.json there")
     add("script", nargs="?", metavar="SCRIPT", help="the training script; what follows it is its own")
     add("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    assert isinstance(parser, Parser)
+    parser.set_defaults(ours=parser.names())
 
 
 def _steps(text: str) -> int:
@@ -93,6 +97,7 @@ def _diagnose(options: argparse.Namespace) -> int:
     given = _given(options, program, settings)
     _make(out)
     phases = plan(given, chosen)
+    _warn_of_ours_behind_the_script(options)
     _tell(f"gputrain diagnose {program.command}: report in {out}")
     try:
         report = Plan(program, given, phases, settings, tell=_tell).run()
@@ -102,6 +107,18 @@ def _diagnose(options: argparse.Namespace) -> int:
     if options.json is not None:
         options.json.write_text(json.dumps(report.document(), indent=2) + "\n", encoding="utf-8")
     return _finish(report, out)
+
+
+def _warn_of_ours_behind_the_script(options: argparse.Namespace) -> None:
+    """An option there is the script's, which may have one of that name; or it was meant for us."""
+    names = [argument.partition("=")[0] for argument in options.arguments]
+    ours = [name for name in dict.fromkeys(names) if name.startswith("--") and name in options.ours]
+    if ours:
+        print(
+            f"gputrain diagnose: {', '.join(ours)} after the script goes to the script; what is meant for "
+            "gputrain diagnose stands before it",
+            file=sys.stderr,
+        )
 
 
 def _tell(text: str) -> None:
@@ -137,7 +154,7 @@ def _program(options: argparse.Namespace) -> Program:
     try:
         linux()
         if options.case is None:
-            path = script_or_module(options.script, options.module)
+            path = script_or_module(options.script, options.module, way="-m MODULE")
             return Script(path, tuple(options.arguments), options.module)
         cases = load_case(options.case)
     except (CaseError, LaunchUsageError) as error:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pytest_gputrain.devices.inventory import discover
+from pytest_gputrain.devices.inventory import FAKE_VARIABLE, discover
 from pytest_gputrain.devices.shortage import count, kinds, shortage
 from pytest_gputrain.devices.visible import visible_gpus
 from pytest_gputrain.values import parse_size
@@ -49,6 +49,8 @@ def lacking(
         return None
     gpus = gpus_to_share(num_ranks, memory, environ)
     if not gpus:
+        return lack
+    if not share_gpu and environ.get(FAKE_VARIABLE):  # no way out: nothing can run on them
         return lack
     return None if share_gpu else f"{lack}; {WAY_OUT.format('it' if len(gpus) == 1 else 'them')}"
 

@@ -149,11 +149,14 @@ def tracing(trace: object, environ: Mapping[str, str], *, default: bool) -> dict
     return found.as_record() if found else None
 
 
-def script_or_module(given: object, module: bool) -> str:
-    """A script's path as given (it is ``sys.argv[0]``) or the name of a module. Raises LaunchUsageError."""
+def script_or_module(given: object, module: bool, *, way: str = "module=True") -> str:
+    """A script's path as given (it is ``sys.argv[0]``) or the name of a module. Raises LaunchUsageError.
+
+    ``way`` is how the caller's user says that it is a module.
+    """
     if not isinstance(given, (str, os.PathLike)):
         raise LaunchUsageError(
-            f"script={given!r}: must be a path to a Python script, or a module name with module=True"
+            f"script={given!r}: must be a path to a Python script, or a module name with {way}"
         )
     text = os.fspath(given)
     if module:
@@ -165,7 +168,7 @@ def script_or_module(given: object, module: bool) -> str:
     path = Path(text)
     if not path.is_file():
         why = "is a folder" if path.is_dir() else "does not exist"
-        hint = "; for a module give module=True" if "/" not in text and not text.endswith(".py") else ""
+        hint = f"; for a module give {way}" if "/" not in text and not text.endswith(".py") else ""
         raise LaunchUsageError(
             f"script {str(path.absolute())!r} {why}; give the path of a Python script{hint}"
         )

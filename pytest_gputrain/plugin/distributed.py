@@ -82,10 +82,13 @@ def _run_on_ranks(item: pytest.Function, plan: DistributedPlan) -> None:
     try:
         result = launcher(run_body, body, check=False, **plan._asdict())
     except LaunchUsageError as error:
-        _raise(item, refusal(item, str(error)))
-    add_rank_sections(item, result, "call")
-    _tell_warnings(result)
-    _conclude(item, result)
+        why = str(error)
+    else:
+        add_rank_sections(item, result, "call")
+        _tell_warnings(result)
+        return _conclude(item, result)
+    # Out here: within the block the same line would be shown a second time, as the context of this one.
+    _raise(item, refusal(item, why))
 
 
 def _conclude(item: pytest.Function, result: LaunchResult) -> None:

@@ -35,9 +35,10 @@ def gpus(request: pytest.FixtureRequest) -> leasing.HeldGpus:
     itself.
     """
     if not (held := leasing.held(request.node)):
-        raise pytest.UsageError(
+        pytest.fail(
             f"{request.node.nodeid}: the fixture gpus lists the GPUs that a test holds; "
-            "mark the test requires_gpus(n)"
+            "mark the test requires_gpus(n)",
+            pytrace=False,
         )
     return held
 

@@ -84,6 +84,7 @@ class PytestLauncher(Launcher):
                 )
             raise LauncherUsageError(str(error)) from None
         except LaunchUsageError as error:
+            properties.add(self._node, properties.REFUSED, error)
             raise LauncherUsageError(str(error)) from None
         except LaunchError as error:
             result, failed = error.result, True

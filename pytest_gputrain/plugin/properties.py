@@ -11,6 +11,7 @@ import pytest
 GPU = "gputrain_gpu"
 SHORTAGE = "gputrain_shortage"
 SHARED = "gputrain_shared_gpu"
+REFUSED = "gputrain_refused"
 LEASE = "gputrain_lease"
 ARTIFACTS = "gputrain_artifacts"
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import pytest
 
 from pytest_gputrain.values import LEGAL_FLAG, LEGAL_SECONDS, parse_flag, parse_seconds
+from pytest_gputrain.variables import unknown
 
 COMMAND_LINE = "the command line"
 DEFAULT = "default"
@@ -79,7 +80,8 @@ def _parse_case(text: str, folder: Path) -> str:
 
 def _parse_folder(text: str, folder: Path) -> Path:
     path = folder / Path(text).expanduser()
-    if path.exists() and not path.is_dir():
+    # Its parents too: what is below a file would be accepted here and fail in the first launch.
+    if not next(there for there in (path, *path.parents) if os.path.exists(there)).is_dir():
         raise ValueError
     return path
 
@@ -213,7 +215,9 @@ def add_options(parser: pytest.Parser) -> None:
 
 
 def resolve(config: pytest.Config, environ: Mapping[str, str] = os.environ) -> Settings:
-    """Return this session's settings and keep them. Raises ``pytest.UsageError`` for an illegal value."""
+    """Return this session's settings and keep them. Raises ``pytest.UsageError`` for an illegal one."""
+    if mistaken := unknown(environ):
+        raise pytest.UsageError(mistaken)
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for setting in SETTINGS:

@@ -65,7 +65,9 @@ class Ledger:
         # An xfail is reported as skipped, but ran.
         ran = report.when == "call" and (not report.skipped or hasattr(report, "wasxfail"))
         if ran and properties.SHARED in told:
-            self.shared.add(report.nodeid)
+            # Of a refused launch, such as one on pretended GPUs, no rank ran that could have shared one.
+            if not (report.failed and properties.REFUSED in told):
+                self.shared.add(report.nodeid)
         elif ran and properties.GPU in told:
             self.ran_on_gpu.add(report.nodeid)
         if report.skipped and (lack := told.get(properties.SHORTAGE)):

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pytest_gputrain.values import parse_seconds
+from pytest_gputrain.variables import unknown
 
 TRACERS = ("grads", "module_bwd", "ddp_buckets", "heartbeat", "watchdog")
 DEFAULT_TRACERS = ("grads", "ddp_buckets", "heartbeat", "watchdog")
@@ -36,7 +37,7 @@ _WORDS = {
 
 
 class SwitchError(ValueError):
-    """A switch with a value that means nothing: one line, with what is legal."""
+    """A switch with a name or a value that means nothing: one line, with what is legal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,8 @@ def resolve(trace: object, environ: Mapping[str, str], *, default: bool) -> Swit
     A switch that is on always adds; one that is off takes away only what nobody has asked for by name.
     ``trace=None`` means ``default``.
     """
+    if mistaken := unknown(environ):  # misspelt, it would be green and untraced
+        raise SwitchError(mistaken)
     said = {name: flag(variable, environ) for name, variable in VARIABLES.items()}
     wanted = tracers_of(default if trace is None else trace)
     if trace is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_gputrain.cli import main
+from pytest_gputrain.cli import _parser, diagnose, main
 
 pytestmark = pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
 SCRIPTS = Path(__file__).parents[1] / "planted" / "scripts"
@@ -39,6 +39,15 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
             "both a script and a case given; give SCRIPT, -m MODULE or --case MODULE:ATTR",
         ),
         (["no.py"], "script '{cwd}/no.py' does not exist; give the path of a Python script"),
+        (
+            ["no_module"],
+            "script '{cwd}/no_module' does not exist; give the path of a Python script; "
+            "for a module give -m MODULE",
+        ),
+        (
+            ["--setps", "2", WITH_ARGUMENTS],
+            f"unrecognized arguments: --setps; did you mean --steps?{HELP}",
+        ),
         (["-m", "no_module"], "module 'no_module' cannot be found from {cwd}; check its name and PYTHONPATH"),
         (["--case", "nocolon"], "case: 'nocolon' is not MODULE:ATTR; give \"package.module:attribute\""),
         (
@@ -106,6 +115,18 @@ def test_one_line_and_nothing_left(
     before = sorted(tmp_path.rglob("*"))
     assert refused([text.format(**names) for text in arguments], capsys) == message.format(**names)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_option_of_ours_behind_the_script_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    options = _parser().parse_args(["diagnose", WITH_ARGUMENTS, "--out", "D", "--lr=1", "--steps=3", "-m"])
+    diagnose._warn_of_ours_behind_the_script(options)
+    assert capsys.readouterr().err == (
+        "gputrain diagnose: --out, --steps after the script goes to the script; what is meant for gputrain "
+        "diagnose stands before it\n"
+    )
+    options = _parser().parse_args(["diagnose", "--out", "D", WITH_ARGUMENTS, "--lr=1"])
+    diagnose._warn_of_ours_behind_the_script(options)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_script_that_cannot_be_read(

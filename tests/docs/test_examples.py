@@ -98,6 +98,17 @@ def test_the_report_that_the_documentation_shows(tmp_path: Path) -> None:
     assert f"**{headline}**" in (tmp_path / "out" / "SUMMARY.md").read_text()
 
 
+def test_the_examples_need_nothing_for_developers() -> None:
+    """From the checkout, with its own settings, where hypothesis is not installed."""
+    without = "import sys, pytest; sys.modules['hypothesis'] = None; sys.exit(pytest.main(sys.argv[1:]))"
+    arguments = ["--collect-only", "-q", "-p", "no:cacheprovider", "docs/examples/test_uneven.py"]
+    done = subprocess.run(
+        [sys.executable, "-c", without, *arguments], cwd=ROOT, env=environment(), timeout=240, check=False,
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_python_file_is_run_by_one_of_these() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "test_uneven.py",

@@ -116,12 +116,12 @@ def test_a_second_group_can_be_made_through_the_environment() -> None:
 
 
 def test_env_is_added_and_none_removes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GPUTRAIN_TEST_GONE", "1")
+    monkeypatch.setenv("LAUNCH_TEST_GONE", "1")
 
     def program() -> Any:
-        return os.environ.get("GPUTRAIN_TEST_A"), os.environ.get("GPUTRAIN_TEST_GONE")
+        return os.environ.get("LAUNCH_TEST_A"), os.environ.get("LAUNCH_TEST_GONE")
 
-    assert launch(program, env={"GPUTRAIN_TEST_A": "x", "GPUTRAIN_TEST_GONE": None}).values[0] == ("x", None)
+    assert launch(program, env={"LAUNCH_TEST_A": "x", "LAUNCH_TEST_GONE": None}).values[0] == ("x", None)
 
 
 def test_variables_that_python_reads_at_its_start_count_too() -> None:

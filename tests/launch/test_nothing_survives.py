@@ -20,7 +20,7 @@ import pytest
 from pytest_gputrain import launch
 from pytest_gputrain.launch import Verdict, warm
 
-MARK = "GPUTRAIN_TEST_SURVIVORS"
+MARK = "LAUNCH_TEST_SURVIVORS"
 
 TEST_FILE = """
 import os, subprocess, time

@@ -84,12 +84,12 @@ def test_what_a_fresh_rank_finds_a_warm_one_finds(
         return {"environ": environ, "cwd": os.getcwd(), "argv": sys.argv, "path": sys.path}
 
     for number in range(3):
-        monkeypatch.setenv("GPUTRAIN_TEST_NUMBER", str(number))
+        monkeypatch.setenv("LAUNCH_TEST_NUMBER", str(number))
         folder = tmp_path / str(number)
         folder.mkdir()
         monkeypatch.chdir(folder)
         monkeypatch.setattr(sys, "argv", ["program", str(number)])
-        options: dict[str, Any] = {"env": {"GPUTRAIN_TEST_A": str(number), "HOME": None}}
+        options: dict[str, Any] = {"env": {"LAUNCH_TEST_A": str(number), "HOME": None}}
         assert run(program, **options).values == launch(program, **options).values
     assert len(pool.pids()) == 2
     assert not pool.recycled

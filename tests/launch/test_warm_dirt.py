@@ -171,9 +171,9 @@ def an_exit_handler() -> None:
 # -- dirty: the process -------------------------------------------------------------------------------
 
 
-@leaves("environment: GPUTRAIN_LEFT left")
+@leaves("environment: LAUNCH_TEST_LEFT left")
 def a_variable_more() -> None:
-    os.environ["GPUTRAIN_LEFT"] = "1"
+    os.environ["LAUNCH_TEST_LEFT"] = "1"
 
 
 @leaves("environment: HOME gone")

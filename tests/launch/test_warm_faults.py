@@ -28,7 +28,7 @@ def healthy(number: int) -> float:
 
     # What any of the faults below would show, if it had been left to this call.
     assert torch.get_default_dtype() == torch.float32 and torch.is_grad_enabled()
-    assert "GPUTRAIN_LEFT" not in os.environ and threading.active_count() == 1
+    assert "LAUNCH_TEST_LEFT" not in os.environ and threading.active_count() == 1
     assert os.getcwd() != "/" and signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
     total = torch.full((2,), float(number))
     dist.all_reduce(total)
@@ -79,7 +79,7 @@ def leaves_a_thread() -> None:
 
 
 def leaves_a_variable() -> None:
-    os.environ["GPUTRAIN_LEFT"] = "1"
+    os.environ["LAUNCH_TEST_LEFT"] = "1"
 
 
 def leaves_a_directory() -> None:

@@ -123,9 +123,12 @@ def test_gpus_is_for_tests_that_hold_some(pytester: pytest.Pytester, run: Run) -
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(
         [
-            "E * test_it.py::test_it: the fixture gpus lists the GPUs that a test holds; "
-            "mark the test requires_gpus(n)"
-        ]
+            "_* ERROR at setup of test_it _*",
+            "test_it.py::test_it: the fixture gpus lists the GPUs that a test holds; "
+            "mark the test requires_gpus(n)",
+            "=* short test summary info =*",
+        ],
+        consecutive=True,
     )
 
 

@@ -122,6 +122,16 @@ def test_command_line_goes_before_environment(
             "give MODULE:ATTRIBUTE, such as my_project.cases:gpt",
         ),
         (
+            ["--gputrain-report=test_show.py/deep/below"],
+            "--gputrain-report: 'test_show.py/deep/below' (from the command line) is not legal; "
+            "give a folder, there or not yet there",
+        ),
+        (
+            ["--gputrain-lease-dir=test_show.py/below"],
+            "--gputrain-lease-dir: 'test_show.py/below' (from the command line) is not legal; "
+            "give a folder, there or not yet there",
+        ),
+        (
             ["--gputrain-report=test_show.py"],
             "--gputrain-report: 'test_show.py' (from the command line) is not legal; "
             "give a folder, there or not yet there",
@@ -148,6 +158,17 @@ def test_bad_environment_names_the_variable(
         "--stability: 'maybe' (from the environment variable GPUTRAIN_STABILITY) is not legal; "
         "give true or false"
     )
+    assert f"ERROR: {message}" in result.errlines
+
+
+def test_a_misspelt_variable_is_a_usage_error(
+    pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytester.makepyfile(SHOW)
+    monkeypatch.setenv("GPUTRAIN_STAL", "5")
+    result = run()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    message = "GPUTRAIN_STAL='5': there is no such variable; did you mean GPUTRAIN_STALL?"
     assert f"ERROR: {message}" in result.errlines
 
 

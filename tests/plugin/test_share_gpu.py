@@ -88,6 +88,27 @@ def test_require_gpus_counts_gpus_and_not_shares(
     assert run("--share-gpu", "--require-gpus=1").ret == pytest.ExitCode.OK  # test_one had a GPU of its own
 
 
+def test_a_refused_launch_shared_nothing_and_is_said_once(
+    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1")
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.requires_gpus(2)
+        @pytest.mark.distributed(2)
+        def test_it(): pass
+        """
+    )
+    result = run_child("--share-gpu")
+    result.assert_outcomes(failed=1)
+    text = result.stdout.str()
+    assert "between ranks" not in text
+    assert "During handling" not in text
+    assert [line[:29] for line in result.outlines].count("GPUs found here are pretended") == 1
+
+
 # Real ranks on the CPU, placed as on a machine with one GPU.
 AS_WITH_ONE_GPU = """
 from pytest_gputrain.launch import request

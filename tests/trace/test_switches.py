@@ -39,6 +39,17 @@ NONSENSE = [
         "GPUTRAIN_WATCHDOG_SECONDS: 'soon' is not a number of seconds above 0",
     ),
 ]
+NONSENSE += [
+    (
+        {"GPUTRAIN_TRACE_GRAD": "1"},
+        "GPUTRAIN_TRACE_GRAD='1': there is no such variable; did you mean GPUTRAIN_TRACE_GRADS?",
+    ),
+    (
+        {"GPUTRAIN_LUNCHTIME_X": "12"},
+        "GPUTRAIN_LUNCHTIME_X='12': there is no such variable; unset it: names with this prefix are "
+        "pytest-gputrain's",
+    ),
+]
 MISTAKEN = [
     ("loss", f"trace='loss': {HOW}"),
     (3, f"trace=3: {HOW}"),
