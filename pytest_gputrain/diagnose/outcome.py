@@ -50,7 +50,7 @@ def phase_result(
         cause.location if cause else None,
         seconds=seconds,
         missing=missing,
-        likely=likely,
+        likely=likely + _uneven(cause, facts),
         backend=backend,
     )
     if cause is not None and _SWITCH in cause.message:
@@ -64,6 +64,17 @@ def phase_result(
         who = result.cause.partition(_UNREDUCED)[0]
         return replace(result, cause=who + without_gradient([one.name for one in missing]))
     return result
+
+
+def _uneven(cause: Cause | None, facts: Facts) -> str:
+    """How far each rank was when one of them left the others behind."""
+    steps = {rank: len(told.get("steps", ())) for rank, told in sorted(facts.items())}
+    if cause is None or cause.kind != "left" or cause.rank not in steps or len(steps) < 2:
+        return ""
+    others = [f"rank {rank} was in step {count + 1}" for rank, count in steps.items() if rank != cause.rank]
+    more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+    left = f"rank {cause.rank} finished after {steps[cause.rank]} steps"
+    return f" ({left}, {', '.join(others[:_SHOWN])}{more})"
 
 
 def _lacking(message: str) -> str:

@@ -224,7 +224,7 @@ class Plan:
             facts,
             missing,
             seconds=launched.seconds,
-            likely=launched.advice,
+            likely=launched.likely,
         )
         artifacts.write_launch(launched, folder)
         return result

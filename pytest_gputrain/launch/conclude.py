@@ -27,7 +27,8 @@ def concluded(
     for rank in ranks:
         stackdumps.settle(folder / f"rank{rank.rank}", rank.rank)
     scenes = supervision.lookout.scenes
-    found = blame.explain(scenes) if ending != "complete" else None
+    looked = ending != "complete" or any(member.echoes for member in members)
+    found = blame.explain(scenes) if looked else None
     verdict, cause = judge(
         ranks,
         ending,

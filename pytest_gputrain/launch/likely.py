@@ -16,6 +16,7 @@ DEADLOCK = (
     "ranks entered different collectives, or the same ones in a different order: look for a condition that "
     "differs between the ranks"
 )
+DIFFERENT_STEPS = "ranks ran a different number of steps, or only some of them came to this collective"
 _ORDER = "the ranks call the same collectives in a different order; call them in one order on all ranks"
 _WAITS = {
     "new_group": "new_group (and DeviceMesh) must be called by every rank, also by those not in the group",
@@ -66,6 +67,8 @@ def of_absence(scenes: Mapping[int, Scene], call: Call, waits: int, absent: int)
     missing = scenes[absent]
     if missing.state == "running":
         return "a rank that is busy or waits outside of torch while others are already in the collective"
+    if scenes[waits].complete and not missing.complete:  # what DDP called there is not known
+        return DIFFERENT_STEPS
     if not counts[absent]:
         return (
             f"only some ranks come to {call.location} ({call.op}): a condition on the rank, as around "
@@ -78,7 +81,7 @@ def of_absence(scenes: Mapping[int, Scene], call: Call, waits: int, absent: int)
             f"ranks ran a different number of steps (calls at this line: {numbers}); give every rank the "
             f"same number of batches, or use torch.distributed.algorithms.Join{shift}"
         )
-    return f"ranks ran a different number of steps, or only some of them came to this collective{shift}"
+    return DIFFERENT_STEPS + shift
 
 
 def of_wait(function: str | None) -> str:

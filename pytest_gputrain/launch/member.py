@@ -72,6 +72,12 @@ class Member:
         return self.exit is not None
 
     @property
+    def echoes(self) -> bool:
+        """Whether it failed because another rank went away."""
+        error = self.report.get("error") if self.report is not None else None
+        return self.failed and error is not None and RankError(**error).is_victim
+
+    @property
     def failed_at(self) -> float | None:
         """When this rank failed of its own accord; None if it did not, or was ended by torchrun."""
         if self.report is not None:

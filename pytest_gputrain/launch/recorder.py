@@ -32,6 +32,7 @@ import socket
 import struct
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import calls, stacks
@@ -45,8 +46,13 @@ _DTYPES = {
 _DDPS_OWN = {"_engine_run_backward": "in backward", "_sync_buffers": "DDP's buffers"}
 """Python functions that call collectives which the user's line does not show."""
 
+LAST = "calls.last"
+"""In the rank's folder: the answer of a rank that has left, until the launch is over."""
+
 _place: tuple[str, int] | None = None
+_folder: str | None = None
 _listener: tuple[int, socket.socket] | None = None
+_made: dict[str, list[int]] = {}
 
 
 def address(mark: str, rank: int) -> str:
@@ -65,6 +71,7 @@ def prepare() -> None:
     def _new_process_group_helper(*args: Any, **kwargs: Any) -> Any:
         with contextlib.suppress(Exception):  # no record is no reason to fail
             start()
+            _remember(*args, **kwargs)
         return original(*args, **kwargs)
 
     _new_process_group_helper.__wrapped__ = original  # type: ignore[attr-defined]
@@ -77,8 +84,8 @@ def prepare() -> None:
 
 def place(folder: str, mark: str | None, rank: int) -> None:
     """Says which rank of which launch this process is; a kept rank says it again for every launch."""
-    global _place
-    _place = (mark, rank) if mark else None
+    global _place, _folder
+    _place, _folder = (mark, rank) if mark else None, folder
     calls.place(os.path.join(folder, calls.FILE))
     set_debug_level()
     if _listener is not None and _listener[0] == os.getpid():
@@ -190,6 +197,14 @@ def answer() -> dict[str, Any]:
     return {"records": [_as_record(entry, ranks) for entry in found if not entry.get("is_p2p")]}
 
 
+def keep() -> None:
+    """Leaves what torch has recorded in the rank's folder, for a rank that will be gone when it is asked."""
+    if _folder is None or _listener is None or _listener[0] != os.getpid():
+        return
+    with contextlib.suppress(Exception):  # a full disk: the rank's own error matters more
+        Path(_folder, LAST).write_text(json.dumps(answer()["records"]), encoding="utf-8")
+
+
 def _flight_recorder() -> Sequence[Mapping[str, Any]] | None:
     """The entries of torch's recorders with their Python frames; None where there is none."""
     bindings = sys.modules.get("torch._C._distributed_c10d")
@@ -201,12 +216,19 @@ def _flight_recorder() -> Sequence[Mapping[str, Any]] | None:
     return list(found.values()) if found or hasattr(bindings, "_dump_fr_trace") else None
 
 
+def _remember(
+    size: int, _rank: int, ranks: Sequence[int], _backend: Any, _store: Any, group_name: Any = "", **_: Any
+) -> None:
+    """Takes down whose group is about to be made; no list of ranks means the whole world."""
+    _made[str(group_name)] = sorted(ranks) or list(range(size))
+
+
 def _group_ranks() -> dict[str, list[int]]:
-    """The global ranks of each group that this rank is in, by the group's name."""
+    """The global ranks of each group that this rank is or was in, by the group's name."""
     import torch.distributed.distributed_c10d as c10d
 
     world = c10d._world
-    found = {}
+    found = dict(_made)  # torch forgets those that are destroyed, and its recorder does not
     for group, ranks in list(world.pg_group_ranks.items()):
         if (name := world.pg_names.get(group)) is not None:
             found[str(name)] = sorted(ranks)

@@ -67,6 +67,13 @@ class LaunchResult:
         """0 if PASSED, else 1: what torchrun returns."""
         return 0 if self.passed else 1
 
+    @property
+    def likely(self) -> str:
+        """What is usually behind the cause; empty where nothing is known."""
+        if self.cause is None:
+            return ""
+        return self.advice or _LIKELY.get(self._symptom(self.cause), "")
+
     def summary(self, *, printed: bool = True) -> str:
         """The whole text of a launch that did not pass. Its first line alone says what to mend.
 
@@ -80,8 +87,8 @@ class LaunchResult:
         lines = [f"{self.verdict} after {self.seconds:.1f} s: {self.cause}"]
         lines += [f"  {self.shared_gpu}"] if self.shared_gpu else []
         lines += [f"  {line}" for line in self._others()]
-        if self.cause is not None and (advice := self.advice or _LIKELY.get(self._symptom(self.cause))):
-            lines.append(f"  likely: {advice}")
+        if self.likely:
+            lines.append(f"  likely: {self.likely}")
         lines += self._traceback()
         lines += self._outputs() if printed else []
         if self.leftovers:

@@ -119,6 +119,10 @@ def records_of(answer: Records | None, ring: Records, *, waits: bool) -> tuple[R
 def scenes(members: Sequence[Member], folder: Path, mark: str) -> dict[int, Scene]:
     """All ranks at this moment. Where running ranks are is what ``observe.dump`` has found last."""
     answers = ask([member.rank for member in members if member.exit is None], mark)
+    for member in members:
+        left = folder / f"rank{member.rank}" / recorder.LAST
+        if member.rank not in answers and left.is_file():
+            answers[member.rank] = _json(left.read_bytes())
     rings = {member.rank: read_ring(folder / f"rank{member.rank}" / calls.FILE) for member in members}
     name_as_called(answers, rings)
     found = {}
@@ -195,6 +199,8 @@ def keep(members: Sequence[Member], folder: Path, *, passed: bool) -> None:
         path = folder / f"rank{member.rank}"
         with contextlib.suppress(OSError):
             (path / calls.FILE).unlink()
+        with contextlib.suppress(OSError):
+            (path / recorder.LAST).unlink()
         if member.records and not passed:
             write(path / RECORDS, member.records)
 

@@ -10,8 +10,10 @@ import builtins
 import importlib.machinery
 import os
 import runpy
+import signal
 import sys
 import threading
+import time
 import traceback
 import types
 from collections.abc import Sequence
@@ -19,7 +21,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import rank
+from . import rank, recorder
+from .records import RankError
 
 # Imported by the fork server for the sake of function ranks. A script must not see them: libraries behave
 # differently when they believe they are under pytest.
@@ -54,10 +57,21 @@ def _leave(link: rank.Link, code: int, details: dict[str, Any]) -> NoReturn:
         _flush(stream)
     if code == 0 and not details:
         link.report("passed", exit_code=0)
+        signal.signal(signal.SIGTERM, _ended_by_torchrun)
         link.wait_for_release()
     else:
-        link.report("failed", exit_code=code, **details)
+        at = time.monotonic()
+        if details and RankError(**details["error"]).is_victim:  # the records tell what it needed of whom
+            recorder.keep()
+        link.report("failed", exit_code=code, **{"at": at, **details})
     os._exit(code)
+
+
+def _ended_by_torchrun(number: int, _frame: object) -> None:
+    """Another rank failed: what this one did may tell why."""
+    signal.signal(number, signal.SIG_DFL)
+    recorder.keep()
+    os.kill(os.getpid(), number)
 
 
 def _study(link: rank.Link, tracing: AbstractContextManager[None]) -> None:

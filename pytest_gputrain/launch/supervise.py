@@ -103,6 +103,8 @@ class Supervision:
         self.failed_agents = [agent for agent in self.agent_exits if agent["exit_code"] != 0]
         if ending != "complete":
             self._look_closely(ending)
+        elif any(member.echoes for member in self.members):
+            self.lookout.look()
         if ending == "complete" or not self._running():
             self._release()
         else:

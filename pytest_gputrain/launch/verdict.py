@@ -104,7 +104,10 @@ def _echoes(ranks: Sequence[RankResult], found: Cause | None) -> tuple[Verdict, 
     verdict = Verdict.HUNG if first.error.is_wait_timeout else Verdict.FAILED
     if found is not None:
         return verdict, found
-    gone = [rank for rank in ranks if rank.state in ("passed", "skipped") and rank.seconds <= first.seconds]
+    gone = [rank for rank in ranks if rank.state in ("passed", "skipped")]
+    if first.error.is_wait_timeout or len(gone) + len(victims) < len(ranks):
+        gone = [rank for rank in gone if rank.seconds <= first.seconds]
+    # Otherwise it may have reported later: it destroyed its group, and the connections, before it was done.
     if gone:
         return verdict, _left(
             gone, f"rank {first.rank} needed it ({first.error.headline})", first.error.location

@@ -133,6 +133,32 @@ def test_uneven_steps_show_only_in_the_whole_run(diagnose: Diagnose) -> None:
     assert "control_flow" in done.advice
 
 
+UNEVEN = """
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(6 - 2 * dist.get_rank()):
+    model(torch.ones(2, 2)).sum().backward()
+    optimizer.step()
+dist.destroy_process_group()
+"""
+
+
+def test_a_rank_that_destroyed_its_group_is_told_with_its_steps(diagnose: Diagnose, tmp_path: Path) -> None:
+    (tmp_path / "uneven.py").write_text(UNEVEN)
+    done = diagnose("--phases=ddp_whole", str(tmp_path / "uneven.py"))
+    assert (done.code, done.advice[0]) == (1, "own_error"), done.stdout
+    failed = done.phase("ddp_whole")
+    assert failed["kind"] == "left" and failed["cause"].startswith("rank 1 ")
+    for text in (done.stdout, (done.out / "SUMMARY.md").read_text()):
+        assert "Likely: ranks ran a different number of steps" in text
+        assert "(rank 1 finished after 4 steps, rank 0 was in step 5)" in text
+    assert (done.out / "01-ddp_whole" / "rank0" / "collectives.json").is_file()
+    assert not list(done.out.rglob("calls.last"))
+
+
 @pytest.mark.slow
 def test_a_slow_program_is_no_hang(diagnose: Diagnose) -> None:
     arguments = [WITH_ARGUMENTS, "--defect", "busy", "--seconds", "4", "--steps", "50"]

@@ -192,3 +192,12 @@ def test_a_program_that_took_no_step_or_fewer_proves_no_more_than_that() -> None
     one = phase_result(STEPS, Verdict.PASSED, None, {0: {"began": 0.0, "steps": [1.0]}})
     assert one.outcome is Outcome.PASS
     assert one.notes == ("the program ended by itself after 1 of 3 steps",)
+
+
+def test_how_far_each_rank_was_when_one_left() -> None:
+    phase = plan(Given("script"))[2]
+    facts = {0: {"steps": [1.0] * 10}, 1: {"steps": [1.0] * 10}}
+    left = Cause(1, "left", "rank 1 never reached all_reduce #16", "t.py:17 in main")
+    result = phase_result(phase, Verdict.FAILED, left, facts, likely="uneven")
+    assert result.likely == "uneven (rank 1 finished after 10 steps, rank 0 was in step 11)"
+    assert phase_result(phase, Verdict.FAILED, Cause(1, "exception", "boom"), facts).likely == ""

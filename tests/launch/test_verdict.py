@@ -93,6 +93,13 @@ def test_only_echoes_blame_the_rank_that_had_left() -> None:
     assert cause.message.startswith("rank 1 had finished while rank 0 needed it")
 
 
+def test_one_that_closed_its_group_had_left_even_if_it_reports_later() -> None:
+    _, cause = verdict_of(rank(0, "failed", 1.0, error=CLOSED), rank(1, "passed", 1.2), ending="complete")
+    assert (cause.rank, cause.kind) == (1, "left")
+    _, cause = verdict_of(rank(0, "failed", 1.0, error=TIMEOUT), rank(1, "passed", 1.2), ending="complete")
+    assert cause.rank == 0  # it waited for something else
+
+
 def test_a_group_timeout_is_a_hang_blamed_on_the_absent_rank() -> None:
     verdict, cause = verdict_of(rank(0, "failed", error=TIMEOUT), rank(1, "ended", waiting_at="t.py:3 in g"))
     assert (verdict, cause.rank) == (Verdict.HUNG, 1)
