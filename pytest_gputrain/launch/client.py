@@ -146,6 +146,8 @@ class ServerHandle:
 
     def close(self, within: float = 15.0) -> None:
         """Ends the server and all below it: it cleans up when its socket closes; SIGKILL if it does not."""
+        with contextlib.suppress(OSError):
+            wire.send(self.sock, {"op": "dismiss"})  # else it takes this process for dead
         self.sock.close()
         try:
             self._process.wait(within)

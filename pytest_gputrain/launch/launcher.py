@@ -192,7 +192,7 @@ class Launcher:
     def _folder(self, name: str, kind: str) -> tuple[bool, Path]:
         """(whether it is temporary, the folder)"""
         if self.defaults.artifacts is None:
-            prefix = f"gputrain-{os.getpid()}-"
+            prefix = f"{output.TEMPORARY}{os.getpid()}-"
             if kind == "function":
                 return True, output.temporary_folder(prefix)
             # On disk: torchrun keeps logs of its own there, without bound.

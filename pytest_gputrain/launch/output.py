@@ -111,6 +111,10 @@ _FREE = 4 << 30
 """Bytes that must be free in memory: ranks that print without end are cut down a few times a second."""
 
 
+TEMPORARY = "gputrain-"
+"""How the names of temporary folders begin; the process id of their owner follows."""
+
+
 def temporary_folder(prefix: str) -> Path:
     """A new folder for the output of functions, in memory where there is plenty.
 

@@ -28,6 +28,9 @@ from . import output, pages, place, process, rank, recorder, warm_rank, wire
 _ORPHAN_CHECK = 1.0  # seconds between looks at the parent, for owners whose socket a forked child keeps open
 
 
+_LAST_BREATH = 5.0  # seconds that a dying owner, whose sockets are closed already, may take to be gone
+
+
 class Server:
     """Serves requests of its owner until the owner is gone."""
 
@@ -36,6 +39,8 @@ class Server:
         self._owner = owner
         self._reader = wire.Reader(control)
         self._temporary: str | None = None
+        self._temporary_places: set[Path] = set()
+        self._dismissed = False
         self._spare_time: Iterator[None] | None = None
 
     def serve(self) -> None:
@@ -79,6 +84,8 @@ class Server:
                 self._end()
             elif header["op"] == "temporary":
                 self._temporary = header["folder"]
+            elif header["op"] == "dismiss":
+                self._dismissed = True
             elif header["op"] == "preload":
                 _import(header["names"])
                 gc.freeze()
@@ -86,6 +93,8 @@ class Server:
 
     def _launch(self, spec: dict[str, Any], call: bytes, fds: list[int]) -> None:
         self._temporary = spec["folder"] if spec["temporary"] else None
+        if self._temporary is not None:
+            self._temporary_places.add(Path(self._temporary).parent)
         pids = []
         listener = _listener() if spec["kind"] == "function" else None
         try:
@@ -170,6 +179,17 @@ class Server:
         process.kill_descendants([])
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
+        if not self._dismissed and self._owner_is_gone():
+            for parent in self._temporary_places:
+                for folder in parent.glob(f"{output.TEMPORARY}{self._owner}-*"):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _owner_is_gone(self) -> bool:
+        """Whether the owner has died, by a signal perhaps: it cannot remove what its results kept."""
+        limit = time.monotonic() + _LAST_BREATH
+        while os.getppid() == self._owner and time.monotonic() < limit:
+            time.sleep(0.01)
+        return os.getppid() != self._owner
 
 
 def _listener() -> socket.socket:

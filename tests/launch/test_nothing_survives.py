@@ -227,3 +227,20 @@ def test_fifty_launches_leave_memory_files_and_processes_flat() -> None:
     assert me.memory_info().rss - memory < 20_000_000
     for place in (tempfile.gettempdir(), "/dev/shm"):
         assert list(Path(place).glob(f"gputrain-{os.getpid()}-*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_the_results_of_a_killed_process_kept_is_removed(number: int) -> None:
+    program = (
+        "import os; from pytest_gputrain import launch; kept = [launch(int) for _ in range(2)]\n"
+        "warm = [launch(int, isolation='warm') for _ in range(2)]\n"
+        "print(*(result.artifacts for result in kept + warm), flush=True)\n"
+        f"assert kept[0].artifacts.is_dir(); os.kill(os.getpid(), {number:d})\n"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environ, stdout=subprocess.PIPE, text=True, timeout=200
+    )
+    folders = [Path(text) for text in done.stdout.split()]
+    assert len(folders) == 4
+    assert wait_until(lambda: not any(folder.exists() for folder in folders), 60)

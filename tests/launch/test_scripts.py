@@ -219,6 +219,11 @@ def test_a_script_can_start_data_loader_workers(tmp_path: Path) -> None:
 
 
 def test_no_folder_of_torchrun_is_left(tmp_path: Path) -> None:
-    before = {name for name in os.listdir("/tmp") if name.startswith("torchelastic")}
-    launch.torchrun(write(tmp_path, "train.py", "print(1)"), timeout=60)
-    assert {name for name in os.listdir("/tmp") if name.startswith("torchelastic")} == before
+    script, temporary = write(tmp_path, "train.py", "print(1)"), tmp_path / "tmp"
+    temporary.mkdir()
+    program = f"from pytest_gputrain import launch; launch.torchrun({str(script)!r}, timeout=60)"
+    # In a process with a temporary folder of its own: others' torchruns come and go in the common one.
+    environ = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", program], env=environ, check=True, timeout=200)
+    left = [path.name for path in temporary.iterdir()]
+    assert not [name for name in left if name.startswith(("torchelastic", "gputrain"))]
