@@ -110,9 +110,12 @@ def _diagnose(options: argparse.Namespace) -> int:
 
 
 def _warn_of_ours_behind_the_script(options: argparse.Namespace) -> None:
-    """An option there is the script's, which may have one of that name; or it was meant for us."""
-    names = [argument.partition("=")[0] for argument in options.arguments]
-    ours = [name for name in dict.fromkeys(names) if name.startswith("--") and name in options.ours]
+    """An option there is the script's. If its text does not have one of that name, it was meant for us."""
+    if options.script is None or options.module:
+        return
+    text = Path(options.script).read_text(errors="replace")
+    names = dict.fromkeys(argument.partition("=")[0] for argument in options.arguments)
+    ours = [name for name in names if name.startswith("--") and name in options.ours and name not in text]
     if ours:
         print(
             f"gputrain diagnose: {', '.join(ours)} after the script goes to the script; what is meant for "

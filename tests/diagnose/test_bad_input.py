@@ -121,9 +121,9 @@ def test_an_option_of_ours_behind_the_script_is_said(capsys: pytest.CaptureFixtu
     options = _parser().parse_args(["diagnose", WITH_ARGUMENTS, "--out", "D", "--lr=1", "--steps=3", "-m"])
     diagnose._warn_of_ours_behind_the_script(options)
     assert capsys.readouterr().err == (
-        "gputrain diagnose: --out, --steps after the script goes to the script; what is meant for gputrain "
+        "gputrain diagnose: --out after the script goes to the script; what is meant for gputrain "
         "diagnose stands before it\n"
-    )
+    ), "the script has a --steps of its own"
     options = _parser().parse_args(["diagnose", "--out", "D", WITH_ARGUMENTS, "--lr=1"])
     diagnose._warn_of_ours_behind_the_script(options)
     assert capsys.readouterr().err == ""
