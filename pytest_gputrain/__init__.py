@@ -21,6 +21,7 @@ from pytest_gputrain.plugin.fixtures import (  # noqa: E402
     gpu_count,
     gpus,
     grad_tracer,
+    oom_guard,
     rank,
     world_size,
 )
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from pytest_gputrain.checks import CheckResult, parametrize_with_checks, run_checks
     from pytest_gputrain.launch import Cause, LaunchError, LaunchResult, Verdict
     from pytest_gputrain.launch.launcher import launch
+    from pytest_gputrain.memory.errors import OutOfMemory
 
     distributed: pytest.MarkDecorator
     requires_gpus: pytest.MarkDecorator
@@ -59,6 +61,7 @@ _LAZY = {
     "Cause": "launch",
     "LaunchError": "launch",
     "LaunchResult": "launch",
+    "OutOfMemory": "memory.errors",
     "Verdict": "launch",
 }
 _ROOMS = ("launch",)
@@ -69,6 +72,7 @@ __all__ = [
     "CheckResult",
     "LaunchError",
     "LaunchResult",
+    "OutOfMemory",
     "TrainingCase",
     "Verdict",
     "ddp_launcher",
@@ -78,6 +82,7 @@ __all__ = [
     "gpus",
     "grad_tracer",
     "launch",
+    "oom_guard",
     "parametrize_with_checks",
     "pytest_addoption",
     "pytest_collection_modifyitems",

@@ -12,6 +12,7 @@ from pytest_gputrain.plugin import known_there, leasing
 if TYPE_CHECKING:
     import torch
 
+    from pytest_gputrain.memory.guard import OomGuard
     from pytest_gputrain.plugin.launcher import PytestLauncher
     from pytest_gputrain.trace.gradients import GradTracer
 
@@ -61,6 +62,14 @@ def grad_tracer() -> type[GradTracer]:
     from pytest_gputrain.trace.gradients import GradTracer
 
     return GradTracer
+
+
+@pytest.fixture
+def oom_guard() -> type[OomGuard]:
+    """Return ``oom_guard(limit=None, device=None)``, a context manager: a block of training under a limit."""
+    from pytest_gputrain.memory.guard import OomGuard
+
+    return OomGuard
 
 
 @pytest.fixture

@@ -1,0 +1,46 @@
+"""Gives memory back after an out-of-memory: what the exception, the gradients and the caches still hold."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+def release(error: BaseException | None = None, model: Any = None, optimizer: Any = None) -> None:
+    """Free what nobody needs any more, on the host and on GPUs in use.
+
+    Of ``error`` and of everything it wraps, the frames that have ended lose their local variables (a running
+    frame keeps its own: those are the caller's); of ``model`` and ``optimizer`` the gradients are dropped,
+    while optimizer state stays. Makes no CUDA context.
+    """
+    clear_frames(error)
+    for holder in (model, optimizer):
+        if holder is not None:
+            holder.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Empty the local variables of every frame that the exception keeps alive and that has ended."""
+    for link in everything_kept(error):
+        traceback.clear_frames(link.__traceback__)
+
+
+def everything_kept(error: BaseException | None) -> Iterator[BaseException]:
+    """The exception and all that it keeps alive, suppressed contexts and the members of groups included."""
+    todo, seen = [error], set[int]()
+    while todo:
+        link = todo.pop()
+        if not isinstance(link, BaseException) or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        todo += [link.__cause__, link.__context__, getattr(link, "inner_exception", None)]
+        if isinstance(members := getattr(link, "exceptions", None), tuple):
+            todo += members
