@@ -10,6 +10,7 @@ PREFIX = "GPUTRAIN_"
 NAMES = (
     # The settings of a session, `plugin/settings.py`.
     "GPUTRAIN_ALONE",
+    "GPUTRAIN_CACHE_DIR",
     "GPUTRAIN_CASE",
     "GPUTRAIN_LEASE_DIR",
     "GPUTRAIN_LEASE_TIMEOUT",

@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     stability: bool
     lease_dir: Path | None
     lease_timeout: float
+    cache_dir: Path | None
     alone: bool
     origins: Mapping[str, str]
 
@@ -185,6 +186,16 @@ SETTINGS = (
         _parse_seconds,
         3600.0,
         "SECONDS",
+    ),
+    Setting(
+        "cache_dir",
+        "--gputrain-cache-dir",
+        "folder that keeps what batch-size discoveries measured (default: pytest-gputrain in the user's "
+        "folder for caches)",
+        "a folder, there or not yet there",
+        _parse_folder,
+        None,
+        "DIR",
     ),
     Setting(
         "alone",

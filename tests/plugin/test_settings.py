@@ -132,6 +132,11 @@ def test_command_line_goes_before_environment(
             "give a folder, there or not yet there",
         ),
         (
+            ["--gputrain-cache-dir=test_show.py"],
+            "--gputrain-cache-dir: 'test_show.py' (from the command line) is not legal; "
+            "give a folder, there or not yet there",
+        ),
+        (
             ["--gputrain-report=test_show.py"],
             "--gputrain-report: 'test_show.py' (from the command line) is not legal; "
             "give a folder, there or not yet there",
