@@ -77,6 +77,11 @@ class OomGuard:
         return self._ledger.peak
 
     @property
+    def in_use(self) -> int:
+        """What is in use now, in bytes."""
+        return self._ledger.in_use
+
+    @property
     def by_category(self) -> dict[str, int]:
         """What the peak was for, in bytes by category."""
         return self._ledger.by_category_at_peak()
