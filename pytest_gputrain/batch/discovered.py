@@ -12,7 +12,7 @@ OnProbe = Callable[[int, "float | None", float], None]
 SOURCES = ("discovered", "cache", "override", "disabled", "fallback")
 
 # By what most of the memory is for where not even the smallest batch fits. Names as in memory/categories.py.
-_WAYS_OUT = {
+WAYS_OUT = {
     "activations": "activation checkpointing or a shorter max_seq_len",
     "optimizer state": "an optimizer with less state (8-bit AdamW, Adafactor) or one that is sharded (ZeRO)",
     "gradients": "sharding (FSDP) or parameters of lower precision",
@@ -30,7 +30,8 @@ class Discovered:
     through the peaks, None with fewer than two. seconds: all of it. source: one of ``SOURCES``. by_category:
     bytes at the peak of the answer, or where memory ran out if there is none; empty from a cache. warnings:
     what makes the answer doubtful. data_parallel: how its buckets were counted, "" without. failure: where
-    the smallest size ran out.
+    the smallest size ran out. known: peaks by batch size that an earlier discovery measured, None where it
+    ran out.
     """
 
     size: int
@@ -44,6 +45,7 @@ class Discovered:
     warnings: tuple[str, ...] = ()
     data_parallel: str = ""
     failure: str = ""
+    known: Mapping[int, float | None] = field(default_factory=dict)
 
     @property
     def smallest(self) -> int:
@@ -54,7 +56,7 @@ class Discovered:
         """Why nothing fits, what memory is for, and the ways out; ``name``: the model's."""
         parts = sorted(self.by_category.items(), key=lambda part: -part[1])
         shown = ", ".join(f"{what} {format_size(size)}" for what, size in parts if size) or "nothing yet"
-        ways = _WAYS_OUT.get(parts[0][0], "") if parts else ""
+        ways = WAYS_OUT.get(parts[0][0], "") if parts else ""
         return (
             f"{name} does not fit at batch size {self.smallest}: out of memory {self.failure}\n"
             f"  limit {format_size(self.limit)} of a capacity of {format_size(self.capacity)}; "

@@ -38,6 +38,7 @@ def find_batch(
     safety_margin: float = 0.85,
     min_batch_size: int = 1,
     max_batch_size: int = 128,
+    multiple_of: int = 1,
     global_batch_size: int | None = None,
     world_size: int = 1,
     eval_batch_factor: float = 1,
@@ -67,7 +68,7 @@ def find_batch(
     began = time.monotonic()
     share = bounds.per_rank(global_batch_size, whole("world_size", world_size))
     least, most = bounds.checked_range(min_batch_size, max_batch_size)
-    legal_sizes(least, most, divides=share)
+    legal_sizes(least, most, multiple_of, share)
     margin = bounds.checked_margin(safety_margin)
     given = None if capacity is None else bounds.capacity_in_bytes(capacity)
     bounds.checked_steps(iterations, eval_batch_factor)
@@ -96,7 +97,14 @@ def find_batch(
         limit = max(1, bounds.limit_in_bytes(whole_capacity, margin) - target.reserved)
         measures = Measures(limit, whole_capacity, memory.free, is_real=given is None)
         search = partial(
-            _search, least=least, most=most, share=share, limit=limit, strategy=strategy, predicted=predicted
+            _search,
+            least=least,
+            most=most,
+            multiple_of=multiple_of,
+            share=share,
+            limit=limit,
+            strategy=strategy,
+            predicted=predicted,
         )
         with _Runner(target, limit, on_probe) as runner:
             if cache is None:
@@ -113,6 +121,7 @@ def _search(
     *,
     least: int,
     most: int,
+    multiple_of: int,
     share: int | None,
     limit: int,
     strategy: str,
@@ -123,6 +132,7 @@ def _search(
         minimum=least,
         maximum=most,
         capacity=limit,
+        multiple_of=multiple_of,
         divides=share,
         strategy=strategy,
         predicted=predicted,
@@ -175,5 +185,6 @@ def _discovered(found: Found, runner: _Runner, measures: Measures, seconds: floa
         by_category=told.by_category if told else {},
         warnings=tuple(warnings),
         data_parallel=runner.target.data_parallel,
+        known=found.known,
         failure="" if result.size or told is None else f"in {told.where}: {told.message}",
     )
