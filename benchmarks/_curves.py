@@ -102,4 +102,5 @@ def _curve(kind: str, random_: random.Random) -> Curve:
         return round(shape(batch))
 
     exact = bisect_right(range(1, LIMIT + 1), drawn.capacity, key=peak)  # no curve here falls
-    return Curve(kind, peak, drawn.capacity, exact)
+    # Rounding up may leave no room for even one sample, and nothing to be compared.
+    return Curve(kind, peak, drawn.capacity, exact) if exact else _curve(kind, random_)

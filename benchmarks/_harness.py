@@ -95,15 +95,25 @@ def report(
 ) -> None:
     """Print the medians and the figures drawn from them, and write both to ``NAME.json`` in ``results``."""
     print(table(seconds, ours))
-    for figure, value in figures.items():
-        print(f"{figure}: {value:.3g}" if isinstance(value, float) else f"{figure}: {value}")
-    if results is None:
-        return
     measured = {
         rival: {"median_s": round(statistics.median(runs), 5), "runs_s": [round(run, 5) for run in runs]}
         for rival, runs in seconds.items()
     }
-    document = {"benchmark": name, "origin": origin(), "figures": dict(figures), "measured": measured}
+    write(name, figures, measured, results)
+
+
+def write(
+    name: str,
+    figures: Mapping[str, float | int | str],
+    measured: Mapping[str, object],
+    results: Path | None = RESULTS,
+) -> None:
+    """Print the figures, and write them with what was measured to ``NAME.json`` in ``results``, if any."""
+    for figure, value in figures.items():
+        print(f"{figure}: {value:.3g}" if isinstance(value, float) else f"{figure}: {value}")
+    if results is None:
+        return
+    document = {"benchmark": name, "origin": origin(), "figures": dict(figures), "measured": dict(measured)}
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.json"
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
