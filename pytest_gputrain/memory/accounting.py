@@ -14,39 +14,40 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_gputrain.memory import categories
 from pytest_gputrain.memory.ledger import Ledger, Record
+from pytest_gputrain.memory.lines import is_under_compile
+from pytest_gputrain.memory.owners import Owners
 from pytest_gputrain.memory.storages import storages_of
 
 Refuse = Callable[[int, Any], None]
 """Given the bytes that an operation needs and the operation: raises if there is no room for them."""
 
+# What is computed from these is an activation, also without autograd.
+_CARRIED_ON = frozenset((categories.PARAMETERS, categories.BUFFERS, categories.ACTIVATIONS))
+
 
 class Accounting(TorchDispatchMode):
-    """Charges what operations are given and what they make.
+    """Charges what operations are given and what they make; ``refuse`` is asked when more is in use then."""
 
-    ``category_of_result`` tells from an operation's arguments what its results are for; ``refuse`` is asked
-    whenever more is in use than before.
-    """
-
-    def __init__(
-        self, ledger: Ledger, device: torch.device, category_of_result: Callable[[Any], str], refuse: Refuse
-    ) -> None:
+    def __init__(self, ledger: Ledger, device: torch.device, refuse: Refuse) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.owners = Owners(self.mark)
+        self.other_devices: set[str] = set()
+        self.saw_compiled = False
         self._ledger = ledger
         self._device = device
-        self._category_of_result = category_of_result
         self._refuse = refuse
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         ledger = self._ledger
         before = ledger.in_use
-        self._see(args, None, categories.OTHER)
+        carries_on = self._see_arguments(args)
         if kwargs:
-            self._see(kwargs.values(), None, categories.OTHER)
+            carries_on |= self._see_arguments(kwargs.values())
         if ledger.in_use > before:
             self.settle(ledger.in_use - before, func)
         out = func(*args, **(kwargs or {}))
         before = ledger.in_use
-        self._see((out,), func, self._category_of_result(args))
+        self._see_results((out,), func, carries_on)
         if ledger.in_use > before:
             made = ledger.in_use - before
             try:
@@ -63,27 +64,58 @@ class Accounting(TorchDispatchMode):
         self._ledger.settle()
 
     def mark(self, tensor: torch.Tensor, category: str) -> None:
-        """What a tensor is for; one that is not in the books is charged."""
+        """Write down what a tensor is for; one that is not in the books is charged."""
         for storage in storages_of(tensor):
-            if (record := self._touch(storage, tensor, None, category)) is not None:
+            record = self._touched(storage) or self._charged(storage, tensor, category, None)
+            if record is not None:
                 record.category = category
 
-    def _see(self, values: Iterable[Any], op: Any, category: str) -> None:
+    def _see_arguments(self, values: Iterable[Any]) -> bool:
+        """Charge what is new; whether something computed from these values is an activation."""
+        carries_on = False
         for value in values:
             if isinstance(value, torch.Tensor):
                 for storage in storages_of(value):
-                    self._touch(storage, value, op, category)
+                    record = self._touched(storage) or self._charged(storage, value, categories.OTHER, None)
+                    if record is None:
+                        continue
+                    if value.requires_grad and value.is_leaf and record.leaf != id(value):
+                        record.leaf = id(value)
+                        self.owners.adopt_parameter(value)
+                    carries_on |= record.category in _CARRIED_ON or value.requires_grad
             elif isinstance(value, list | tuple):
-                self._see(value, op, category)
+                carries_on |= self._see_arguments(value)
+        return carries_on
 
-    def _touch(self, storage: Any, tensor: torch.Tensor, op: Any, category: str) -> Record | None:
+    def _see_results(self, values: Iterable[Any], op: Any, carries_on: bool) -> None:
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                for storage in storages_of(value):
+                    if self._touched(storage) is None:
+                        self._charged(storage, value, self._category_of_result(carries_on), op)
+            elif isinstance(value, list | tuple):
+                self._see_results(value, op, carries_on)
+
+    def _category_of_result(self, carries_on: bool) -> str:
+        """What a result is for, until an owner says otherwise."""
+        if torch._C._current_graph_task_id() != -1:  # backward is running
+            return categories.ACTIVATIONS
+        # Inside a step only a closure differentiates; what the step itself computes are its temporaries.
+        differentiates = torch.is_grad_enabled() or not self.owners.stepping
+        return categories.ACTIVATIONS if carries_on and differentiates else categories.OTHER
+
+    def _touched(self, storage: Any) -> Record | None:
+        """The storage in the books, with the size that it has now."""
         record = self._ledger.records.get(storage._cdata)
-        if record is None:
-            if storage.device != self._device:
-                return None
-            record = self._ledger.charge(storage, tensor, category, op)
-        elif record.num_bytes != storage.nbytes():
+        if record is not None and record.num_bytes != storage.nbytes():
             self._ledger.resize(record, storage.nbytes())
-        if record.category == categories.OTHER and isinstance(tensor, torch.nn.Parameter):
-            record.category = categories.PARAMETERS
+        return record
+
+    def _charged(self, storage: Any, tensor: torch.Tensor, category: str, op: Any) -> Record | None:
+        if storage.device != self._device:
+            self.other_devices.add(str(storage.device))
+            return None
+        record = self._ledger.charge(storage, tensor, category, op)
+        if record.lines is not None and not self.saw_compiled:
+            self.saw_compiled = is_under_compile()
         return record

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+
+from pytest_gputrain.memory.lines import location, raising_lines
+from pytest_gputrain.values import parse_size
+
+_TRIED = re.compile(r"[Tt]ried to allocate (\d+(?:\.\d+)?) ?([KMGT]?i?B|bytes)")
 
 
 class OutOfMemory(torch.OutOfMemoryError):
@@ -43,3 +49,24 @@ def _restored(kind: type[OutOfMemory], message: str, data: dict[str, Any]) -> Ou
     error = kind(message)
     error.__dict__.update(data)
     return error
+
+
+def translated(
+    error: BaseException, in_use: int, limit: int | None, device: str, by_category: Mapping[str, int]
+) -> OutOfMemory:
+    """Return an out-of-memory of another form as ``OutOfMemory``: its text, its line, what it asked for."""
+    where = location(raising_lines(error.__traceback__))
+    return OutOfMemory(
+        f"{type(error).__name__}{f' at {where}' if where else ''}: {error}",
+        requested=_requested(str(error)),
+        in_use=in_use,
+        limit=limit,
+        device=device,
+        by_category=by_category,
+        location=where,
+    )
+
+
+def _requested(text: str) -> int:
+    match = _TRIED.search(text)
+    return parse_size(match[1] + match[2].replace("bytes", "B")) if match and float(match[1]) else 0

@@ -6,31 +6,71 @@ hit a real out-of-memory on any machine. On CUDA the allocator itself refuses.
 
 from __future__ import annotations
 
-import contextlib
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from pytest_gputrain.memory import categories
-from pytest_gputrain.memory.accounting import Accounting
 from pytest_gputrain.memory.capacity import known_device
 from pytest_gputrain.memory.clean import release
-from pytest_gputrain.memory.errors import OutOfMemory
-from pytest_gputrain.memory.ledger import Ledger
-from pytest_gputrain.memory.lines import creating_lines, location
+from pytest_gputrain.memory.errors import OutOfMemory, translated
+from pytest_gputrain.memory.ledger import Record
+from pytest_gputrain.memory.left import Left, what_is_left
+from pytest_gputrain.memory.lines import location
 from pytest_gputrain.memory.oom import is_oom
-from pytest_gputrain.memory.owners import Owners
 from pytest_gputrain.values import format_size, parse_size
+
+# Of the largest tensors, as many as a person reads.
+_LARGEST = 10
+
+
+class Meter(Protocol):
+    """How memory of one device is measured and limited."""
+
+    device: torch.device
+
+    def start(self, roots: Sequence[Any]) -> None: ...
+    def stop(self, *, drop_gradients: bool) -> None: ...
+    @property
+    def in_use(self) -> int: ...
+    @property
+    def peak_bytes(self) -> int: ...
+    def by_category(self) -> dict[str, int]: ...
+    def by_category_at_peak(self) -> dict[str, int]: ...
+    def at_peak(self) -> list[Record]: ...
+    def made_here(self) -> list[Record]: ...
+    def notes(self) -> list[str]: ...
+    def strangers(self) -> set[str]: ...
+
+
+@dataclass(frozen=True)
+class Large:
+    """One of the largest tensors at the peak; ``location``: the user's line, None if it was there before."""
+
+    num_bytes: int
+    category: str
+    shape: tuple[int, ...]
+    dtype: str
+    location: str | None
+
+    def __str__(self) -> str:
+        made = self.location or "before the block"
+        return f"{format_size(self.num_bytes)} {self.category} {self.dtype}{[*self.shape]} made at {made}"
 
 
 class OomGuard:
-    """``with OomGuard("40GB") as guard:``, then ``guard.peak_bytes``, ``guard.by_category``, ``guard.oom``.
+    """``with OomGuard("40GB") as guard:``, then ``guard.peak_bytes``, ``.by_category``, ``.leaks``.
 
-    ``roots``: modules and optimizers whose memory counts from the beginning; others count from when they are
-    first used. An out-of-memory of any form leaves the block as ``OutOfMemory``, after what it held has been
-    freed. Raises ``ValueError`` for a limit or a device that makes no sense.
+    ``device``: the CPU, or the current CUDA device where CUDA is in use already. ``roots``: modules and
+    optimizers whose memory counts from the beginning; others count from when they are first used.
+
+    An out-of-memory of any form leaves the block as ``OutOfMemory``, after what the block made was freed.
+    Raises ``ValueError`` for a limit or a device that makes no sense, ``OutOfMemory`` when the limit is below
+    what is in use already.
     """
 
     def __init__(
@@ -41,40 +81,66 @@ class OomGuard:
         roots: Sequence[Any] = (),
     ) -> None:
         self.limit = None if limit is None else parse_size(limit)
-        self.device = known_device(device or "cpu")
         self.oom: OutOfMemory | None = None
+        self._given = device
         self._roots = tuple(roots)
-        self._stack = contextlib.ExitStack()
-        self._ledger = Ledger()
+        self._meter = _meter(self.limit, self._default_device() if device is None else known_device(device))
+        self._is_active = False
+        self._left: tuple[Left, ...] | str = "the block has not run yet"
+        self._peak: tuple[int, dict[str, int], tuple[Large, ...]] | None = None
 
     def __enter__(self) -> OomGuard:
-        self._ledger = ledger = Ledger()
-        with contextlib.ExitStack() as stack:
-            owners = Owners(lambda tensor, category: accounting.mark(tensor, category))
-            accounting = Accounting(ledger, self.device, owners.category_of_result, self._refuse)
-            stack.enter_context(owners)
-            for root in self._roots:
-                owners.adopt(root)
-            accounting.settle(ledger.in_use, None)
-            stack.enter_context(accounting)
-            self._stack = stack.pop_all()
+        if self._is_active:
+            raise RuntimeError(
+                "this oom_guard is in use already; a block within its block needs one of its own"
+            )
+        self._meter = _meter(self.limit, self._meter.device)
+        self.oom, self._left, self._peak = None, "the block has not ended yet", None
+        try:
+            self._meter.start(self._roots)
+        except OutOfMemory as error:
+            self.oom = copy.copy(error)
+            raise
+        self._is_active = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
-        if error is None or not is_oom(error):
+        self._is_active = False
+        ran_out = error is not None and is_oom(error)
+        raised = self._translated(error) if error is not None and ran_out else None
+        self._meter.stop(drop_gradients=ran_out)
+        largest = sorted(self._meter.at_peak(), key=lambda record: -record.num_bytes)[:_LARGEST]
+        self._peak = (
+            self._meter.peak_bytes,
+            self._meter.by_category_at_peak(),
+            tuple(_large(record) for record in largest),
+        )
+        if error is not None and not ran_out:
+            self._left = f"the block ended with {type(error).__name__}"
             return
-        self.oom = error if isinstance(error, OutOfMemory) else self._translated(error)
         release(error)
-        if self.oom is not error:
-            raise self.oom from error
+        self._left = what_is_left([record for record in self._meter.made_here() if _is_passing(record)])
+        if raised is None:
+            self._check_device()
+            return
+        # Without its traceback, which would keep the frames of the test alive as long as this guard.
+        self.oom = copy.copy(raised)
+        if self._left and hasattr(raised, "add_note"):  # Python 3.11
+            raised.add_note("still held: " + "; ".join(str(left) for left in self._left[:3]))
+        if raised is not error:
+            raise raised from error
+
+    @property
+    def device(self) -> torch.device:
+        """What is measured and limited."""
+        return self._meter.device
 
     @property
     def peak_bytes(self) -> int:
         """The most that was in use at once, in bytes; what was refused does not count."""
-        return self._ledger.peak
+        return self._peak[0] if self._peak else self._meter.peak_bytes
 
     @property
     def in_use(self) -> int:
@@ -84,32 +150,85 @@ class OomGuard:
     @property
     def by_category(self) -> dict[str, int]:
         """What the peak was for, in bytes by category."""
-        return self._ledger.by_category_at_peak()
+        return dict(self._peak[1]) if self._peak else self._meter.by_category_at_peak()
 
-    def _refuse(self, requested: int, op: Any) -> None:
-        if self.limit is None or self._ledger.in_use <= self.limit:
-            return
-        where = location(creating_lines())
-        in_use = self._ledger.in_use - requested
-        by_category = self._ledger.by_category()
-        raise OutOfMemory(
-            f"out of memory on {self.device}: {op or 'what the guard was given'} needs "
-            f"{format_size(requested)} with {format_size(in_use)} in use, "
-            f"of a limit of {format_size(self.limit)}"
-            f"{f' at {where}' if where else ''} ({categories.describe(by_category)})",
-            requested=requested,
-            in_use=in_use,
-            limit=self.limit,
-            device=str(self.device),
-            by_category=by_category,
-            location=where,
-        )
+    @property
+    def largest(self) -> tuple[Large, ...]:
+        """The largest tensors that were alive at the peak, after the block."""
+        return self._peak[2] if self._peak else ()
+
+    @property
+    def left(self) -> tuple[Left, ...]:
+        """All that the block made and that is still alive; parameters and optimizers in use do not count.
+
+        Raises RuntimeError where there is no verdict: before the end, or when another error ended the block.
+        """
+        if isinstance(self._left, str):
+            raise RuntimeError(f"oom_guard cannot tell what is left: {self._left}")
+        return self._left
+
+    @property
+    def leaks(self) -> tuple[Left, ...]:
+        """What is left without being in hand: held by more than a local variable of a running function."""
+        return tuple(left for left in self.left if not left.in_hand)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What these figures do not show, in words."""
+        return tuple(self._meter.notes())
+
+    def assert_nothing_left(self) -> None:
+        """Raises AssertionError that names what the block leaked, the line that made it and who holds it."""
+        if leaks := self.leaks:
+            total = format_size(sum(leak.num_bytes for leak in leaks))
+            raise AssertionError(
+                f"{total} left behind:\n" + "\n".join(f"  {leak}" for leak in leaks[:_LARGEST])
+            )
+
+    def summary(self) -> str:
+        """A few lines for people: peak, categories, largest tensors, leaks, notes."""
+        limit = f", limit {format_size(self.limit)}" if self.limit else ""
+        lines = [f"peak {format_size(self.peak_bytes)} on {self.device}{limit}: "
+                 f"{categories.describe(self.by_category)}"]  # fmt: skip
+        lines += [f"  {large}" for large in self.largest[:3]]
+        if not isinstance(self._left, str):
+            lines += [f"  left: {leak}" for leak in self.leaks[:3]]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _default_device(self) -> torch.device:
+        # Asking CUDA for more than whether it is in use would begin to use it.
+        return known_device("cuda") if torch.cuda.is_initialized() else torch.device("cpu")
+
+    def _check_device(self) -> None:
+        if self._given is None and (strangers := self._meter.strangers()):
+            raise RuntimeError(
+                f"oom_guard measured {self.device}, but the block used {', '.join(sorted(strangers))}: "
+                f"say which is meant with device="
+            )
 
     def _translated(self, error: BaseException) -> OutOfMemory:
-        return OutOfMemory(
-            f"{type(error).__name__}: {error}",
-            in_use=self._ledger.in_use,
-            limit=self.limit,
-            device=str(self.device),
-            by_category=self._ledger.by_category(),
-        )
+        if isinstance(error, OutOfMemory):
+            return error
+        meter = self._meter
+        return translated(error, meter.in_use, self.limit, str(meter.device), meter.by_category())
+
+
+def _meter(limit: int | None, device: torch.device) -> Meter:
+    if device.type == "cpu":
+        from pytest_gputrain.memory.on_cpu import CpuMeter
+
+        return CpuMeter(limit)
+    from pytest_gputrain.memory.on_cuda import CudaMeter
+
+    return CudaMeter(limit, device)
+
+
+def _is_passing(record: Record) -> bool:
+    """Whether it should be gone after the block; gradients and optimizer state stay with their parameters."""
+    return record.category not in (categories.GRADIENTS, categories.OPTIMIZER_STATE)
+
+
+def _large(record: Record) -> Large:
+    shape, dtype = record.shape
+    where = location(record.lines) if record.lines else None
+    return Large(record.num_bytes, record.category, shape, str(dtype).removeprefix("torch."), where)

@@ -8,7 +8,7 @@ category while training runs: the books keep who was alive at the peak, and add 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pytest_gputrain.memory import categories
@@ -21,9 +21,10 @@ NOTED_BYTES = 32 * 1024
 class Record(weakref.ref[Any]):
     """One storage: its size now, when it was first seen, and what it is for."""
 
-    __slots__ = ("born", "category", "inside", "key", "lines", "num_bytes", "op", "shape")
+    __slots__ = ("born", "category", "inside", "key", "leaf", "lines", "num_bytes", "op", "shape")
 
     key: int
+    leaf: int  # the id of the leaf of autograd that was last seen on it
     num_bytes: int
     born: int
     category: str
@@ -36,20 +37,20 @@ class Record(weakref.ref[Any]):
 class Ledger:
     """Charges storages of one device, which are known by the address of their ``StorageImpl``."""
 
-    def __init__(self, granule: int = 1) -> None:
+    def __init__(self) -> None:
         self.records: dict[int, Record] = {}
         self.in_use = 0
         self.peak = 0
-        self._granule = granule  # a caching allocator hands out whole blocks
         self._clock = 0
         self._peak_clock = 0
+        self._settled_clock = 0
         self._freed_since: list[Record] = []
 
     def charge(self, storage: Any, tensor: Any, category: str, op: Any = None) -> Record:
         """Write down a storage that is not in the books; ``op`` made it, None if it was there before."""
         record = Record(storage, self._on_free)
-        record.key = storage._cdata
-        record.num_bytes = self._rounded(storage.nbytes())
+        record.key, record.leaf = storage._cdata, 0
+        record.num_bytes = storage.nbytes()
         record.category, record.op, record.inside = category, op, op is not None
         record.shape = (tuple(tensor.shape), tensor.dtype)
         record.lines = creating_lines() if op is not None and record.num_bytes >= NOTED_BYTES else None
@@ -61,12 +62,13 @@ class Ledger:
 
     def resize(self, record: Record, num_bytes: int) -> None:
         """A storage in the books has another size now."""
-        change = self._rounded(num_bytes) - record.num_bytes
+        change = num_bytes - record.num_bytes
         record.num_bytes += change
         self.in_use += change
 
     def settle(self) -> None:
         """What was charged stays: nobody refused it, so it counts for the peak."""
+        self._settled_clock = self._clock
         if self.in_use > self.peak:
             self.peak = self.in_use
             self._peak_clock = self._clock
@@ -81,7 +83,17 @@ class Ledger:
         return _summed(self.at_peak())
 
     def by_category(self) -> dict[str, int]:
-        return _summed(iter([*self.records.values()]))
+        """What is in use now, without what may yet be refused."""
+        return _summed(record for record in self.alive() if record.born <= self._settled_clock)
+
+    def alive(self) -> list[Record]:
+        return [*self.records.values()]
+
+    def recount(self) -> None:
+        """Look at the size of every storage: one may have shrunk without an operation (FSDP does that)."""
+        for record in self.alive():
+            if (storage := record()) is not None and storage.nbytes() != record.num_bytes:
+                self.resize(record, storage.nbytes())
 
     def _on_free(self, record: Record) -> None:
         if self.records.get(record.key) is record:
@@ -90,11 +102,8 @@ class Ledger:
             if record.born <= self._peak_clock:
                 self._freed_since.append(record)
 
-    def _rounded(self, num_bytes: int) -> int:
-        return -(-num_bytes // self._granule) * self._granule
 
-
-def _summed(records: Iterator[Record]) -> dict[str, int]:
+def _summed(records: Iterable[Record]) -> dict[str, int]:
     sums = categories.nothing()
     for record in records:
         sums[record.category] += record.num_bytes

@@ -6,7 +6,9 @@ import functools
 import os
 import sys
 import sysconfig
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import CodeType, FrameType, TracebackType
 
 import torch
 
@@ -16,33 +18,74 @@ _OURS = str(Path(__file__).parent.parent) + os.sep
 _REFERENCE = _OURS + "reference" + os.sep
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 _LIBRARIES = ("/site-packages/", "/dist-packages/")
+_MACHINERY_OF_TESTS = ("/_pytest/", "/pluggy/", "/pytest.py")
+# The frame that stands around whatever torch.compile was asked to compile, also where it runs it uncompiled.
+_COMPILED = os.path.join(_TORCH, "_dynamo", "eval_frame.py")
 
-# How far from the user's code the code of a file is.
 _USERS, _LIBRARY, _MACHINERY = range(3)
 
 Line = tuple[str, int, str]
 """File, line number and function."""
+Lines = tuple[Line | None, Line | None]
+"""The user's line, and the line of an installed library that it called."""
 
 
-def creating_lines() -> tuple[Line | None, Line | None]:
-    """(the user's line, the line of an installed library that it called) of who runs torch right now."""
-    library: Line | None = None
-    frame = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        kind = _kind(code.co_filename)
-        if kind == _USERS:
-            return (code.co_filename, frame.f_lineno, code.co_name), library
-        if kind == _LIBRARY and library is None:
-            library = (code.co_filename, frame.f_lineno, code.co_name)
-        frame = frame.f_back  # type: ignore[assignment]
-    return None, library
+def creating_lines() -> Lines:
+    """The lines of whoever runs torch right now."""
+    return _picked(_outward(sys._getframe(1)))
 
 
-def location(lines: tuple[Line | None, Line | None]) -> str | None:
+def raising_lines(trace: TracebackType | None) -> Lines:
+    """The lines in which an exception with this traceback was raised."""
+    inward: list[tuple[CodeType, int]] = []
+    while trace is not None:
+        inward.append((trace.tb_frame.f_code, trace.tb_lineno))
+        trace = trace.tb_next
+    return _picked(reversed(inward))
+
+
+def location(lines: Lines) -> str | None:
     """``train.py:57 in step``, and ``, through modeling_gpt2.py:310 in forward`` in a library."""
     told = [f"{Path(file).name}:{number} in {name}" for file, number, name in filter(None, lines)]
     return ", through ".join(told) or None
+
+
+def is_under_compile() -> bool:
+    """Whether this runs inside a function that torch.compile was given."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename == _COMPILED:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_users(file: str) -> bool:
+    """Whether a file is the user's own: of no installed package, nor of Python."""
+    return _kind(file) == _USERS
+
+
+def is_ours(file: str) -> bool:
+    """Whether a file belongs to this package."""
+    return file.startswith(_OURS)
+
+
+def _outward(frame: FrameType | None) -> Iterator[tuple[CodeType, int]]:
+    while frame is not None:
+        if _kind(frame.f_code.co_filename) != _MACHINERY:  # most are, and a line number is dear
+            yield frame.f_code, frame.f_lineno
+        frame = frame.f_back
+
+
+def _picked(outward: Iterable[tuple[CodeType, int]]) -> Lines:
+    library: Line | None = None
+    for code, number in outward:
+        kind = _kind(code.co_filename)
+        if kind == _USERS:
+            return (code.co_filename, number, code.co_name), library
+        if kind == _LIBRARY and library is None:
+            library = (code.co_filename, number, code.co_name)
+    return None, library
 
 
 @functools.cache
@@ -52,5 +95,5 @@ def _kind(file: str) -> int:
     if file.startswith(_OURS):
         return _LIBRARY if file.startswith(_REFERENCE) else _MACHINERY
     if any(place in file for place in _LIBRARIES):
-        return _MACHINERY if "/_pytest/" in file or "/pluggy/" in file else _LIBRARY
+        return _MACHINERY if any(place in file for place in _MACHINERY_OF_TESTS) else _LIBRARY
     return _MACHINERY if file.startswith(_STDLIB) else _USERS

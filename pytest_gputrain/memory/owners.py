@@ -1,19 +1,21 @@
-"""Who a tensor belongs to: modules and optimizers tell, through torch's public global hooks.
+"""Who a tensor belongs to: modules and optimizers tell, parameters by their type.
 
-A module is asked when it first runs forward, an optimizer around each of its steps; gradients are known from
-the moment in which autograd leaves them at their parameter. No attribute of the user's objects is touched.
+A parameter is known when an operation first uses it, its gradient from the moment in which autograd leaves it
+there, optimizer state around each step, through torch's public hooks. Global hooks of modules are avoided:
+torch.compile warns about them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.nn.modules import module as module_hooks
 from torch.optim import optimizer as optimizer_hooks
-from torch.utils.weak import WeakIdKeyDictionary
 
 from pytest_gputrain.memory import categories
 
@@ -24,65 +26,75 @@ class Owners:
     """Context manager: ``mark(tensor, category)`` is called with what modules and optimizers hold."""
 
     def __init__(self, mark: Mark) -> None:
+        self.stepping = False
         self._mark = mark
-        # By identity: tensors and some modules define == for their own ends.
-        self._modules: Any = WeakIdKeyDictionary()
-        self._hooked: Any = WeakIdKeyDictionary()
-        self._forward_depth = 0
-        self._step_depth = 0
+        self._hooked: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._modules: list[weakref.ref[torch.nn.Module]] = []
+        self._optimizers: dict[int, weakref.ref[Any]] = {}
         self._stack = contextlib.ExitStack()
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> Owners:
-        self._forward_depth = self._step_depth = 0
-        for handle in (
-            module_hooks.register_module_forward_pre_hook(self._before_forward),
-            module_hooks.register_module_forward_hook(self._after_forward, always_call=True),
-            optimizer_hooks.register_optimizer_step_pre_hook(self._before_step),
-            optimizer_hooks.register_optimizer_step_post_hook(self._after_step),
-        ):
-            self._stack.callback(handle.remove)
+        before = optimizer_hooks.register_optimizer_step_pre_hook(self._before_step)
+        self._stack.callback(before.remove)
+        after = optimizer_hooks.register_optimizer_step_post_hook(self._after_step)
+        self._stack.callback(after.remove)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
-        self._modules.clear()
         self._hooked.clear()
 
     def adopt(self, root: Any) -> None:
-        """Mark what a module or an optimizer holds now."""
+        """Mark what a module or an optimizer holds. Raises ``ValueError`` for anything else."""
         if isinstance(root, torch.nn.Module):
+            self._modules.append(weakref.ref(root))
             self._adopt_module(root)
-        else:
+        elif hasattr(root, "param_groups") and hasattr(root, "state"):
             self._adopt_optimizer(root)
+        else:
+            raise ValueError(f"roots are modules and optimizers, not {type(root).__name__}")
 
-    def category_of_result(self, args: Any) -> str:
-        """What the results of an operation with these arguments are for, until an owner says otherwise."""
-        if self._step_depth:
-            return categories.OTHER
-        if self._forward_depth or torch._C._current_graph_task_id() != -1 or _is_differentiated(args):
-            return categories.ACTIVATIONS
-        return categories.OTHER
-
-    def _adopt_module(self, module: torch.nn.Module) -> None:
-        for inner in module.modules():
-            self._modules[inner] = True
-        for parameter in module.parameters():
-            self._adopt_parameter(parameter)
-        for buffer in module.buffers():
-            self._mark(buffer, categories.BUFFERS)
-
-    def _adopt_parameter(self, parameter: torch.Tensor) -> None:
-        self._mark(parameter, categories.PARAMETERS)
-        if parameter.grad is not None:
+    def adopt_parameter(self, parameter: torch.Tensor) -> None:
+        """Mark a leaf and its gradient, also those to come."""
+        if isinstance(parameter, torch.nn.Parameter):
+            self._mark(parameter, categories.PARAMETERS)
+        if parameter.is_leaf and parameter.grad is not None:  # torch warns of .grad elsewhere
             self._mark(parameter.grad, categories.GRADIENTS)
-        if parameter.requires_grad and parameter.is_leaf and parameter not in self._hooked:
-            self._hooked[parameter] = True
+        known = self._hooked.get(id(parameter))  # an id may be used again
+        if parameter.requires_grad and parameter.is_leaf and (known is None or known() is not parameter):
+            self._hooked[id(parameter)] = weakref.ref(parameter)
             handle = parameter.register_post_accumulate_grad_hook(self._gradient_arrived)
             self._stack.callback(handle.remove)
 
+    def refresh(self) -> None:
+        """Mark what has changed since: state of a step that did not end, buffers of modules not given."""
+        for optimizer in [reference() for reference in self._optimizers.values()]:
+            if optimizer is not None:
+                self._adopt_optimizer(optimizer)
+        given = [reference() for reference in self._modules]
+        for module in given or _live_modules():
+            if module is not None:
+                self._adopt_module(module)
+
+    def drop_gradients(self, of_here: Callable[[torch.Tensor], bool]) -> None:
+        """Drop the gradients of which ``of_here`` says that they were made under the guard."""
+        for reference in self._hooked.values():
+            parameter = reference()
+            if parameter is not None and parameter.grad is not None and of_here(parameter.grad):
+                parameter.grad = None
+
+    def _adopt_module(self, module: torch.nn.Module) -> None:
+        for parameter in module.parameters():
+            self.adopt_parameter(parameter)
+        for buffer in module.buffers():
+            self._mark(buffer, categories.BUFFERS)
+
     def _adopt_optimizer(self, optimizer: Any) -> None:
+        self._optimizers.setdefault(id(optimizer), weakref.ref(optimizer))
         for parameter in [parameter for group in optimizer.param_groups for parameter in group["params"]]:
-            self._adopt_parameter(parameter)
+            self._mark(parameter, categories.PARAMETERS)
+            self.adopt_parameter(parameter)
         for tensor in _tensors_in(optimizer.state):
             self._mark(tensor, categories.OPTIMIZER_STATE)
 
@@ -90,33 +102,20 @@ class Owners:
         if parameter.grad is not None:
             self._mark(parameter.grad, categories.GRADIENTS)
 
-    def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
-        if not self._forward_depth and module not in self._modules:
-            self._adopt_module(module)
-        self._forward_depth += 1
-
-    def _after_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        self._forward_depth -= 1
-
     def _before_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._adopt_optimizer(optimizer)
-        self._step_depth += 1
+        if threading.get_ident() == self._thread:  # the hooks are the whole process's
+            self._adopt_optimizer(optimizer)
+            self.stepping = True
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self._step_depth -= 1
-        self._adopt_optimizer(optimizer)
+        if threading.get_ident() == self._thread:
+            self.stepping = False
+            self._adopt_optimizer(optimizer)
 
 
-def _is_differentiated(args: Any) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    for value in args:
-        if isinstance(value, torch.Tensor):
-            if value.requires_grad:
-                return True
-        elif isinstance(value, list | tuple) and _is_differentiated(value):
-            return True
-    return False
+def _live_modules() -> list[torch.nn.Module]:
+    """Every module in the process. By type: ``isinstance`` would run the ``__class__`` of lazy objects."""
+    return [value for value in gc.get_objects() if issubclass(type(value), torch.nn.Module)]
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
