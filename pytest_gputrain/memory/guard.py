@@ -145,7 +145,7 @@ class OomGuard:
     @property
     def in_use(self) -> int:
         """What is in use now, in bytes."""
-        return self._ledger.in_use
+        return self._meter.in_use
 
     @property
     def by_category(self) -> dict[str, int]:
