@@ -39,6 +39,7 @@ from pytest_gputrain.plugin.hooks import (  # noqa: E402
 )
 
 if TYPE_CHECKING:
+    from pytest_gputrain.batch.accumulation import AccumulationPlan, plan_accumulation
     from pytest_gputrain.case import TrainingCase
     from pytest_gputrain.checks import CheckResult, parametrize_with_checks, run_checks
     from pytest_gputrain.launch import Cause, LaunchError, LaunchResult, Verdict
@@ -62,12 +63,15 @@ _LAZY = {
     "LaunchError": "launch",
     "LaunchResult": "launch",
     "OutOfMemory": "memory.errors",
+    "AccumulationPlan": "batch.accumulation",
+    "plan_accumulation": "batch.accumulation",
     "Verdict": "launch",
 }
 _ROOMS = ("launch",)
 _MARKERS = ("distributed", "requires_gpus", "stability")
 
 __all__ = [
+    "AccumulationPlan",
     "Cause",
     "CheckResult",
     "LaunchError",
@@ -84,6 +88,7 @@ __all__ = [
     "launch",
     "oom_guard",
     "parametrize_with_checks",
+    "plan_accumulation",
     "pytest_addoption",
     "pytest_collection_modifyitems",
     "pytest_configure",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_gputrain import (
+    AccumulationPlan,
     Cause,
     CheckResult,
     LaunchError,
@@ -16,6 +17,7 @@ from pytest_gputrain import (
     Verdict,
     launch,
     parametrize_with_checks,
+    plan_accumulation,
     requires_gpus,
     run_checks,
     stability,
@@ -41,7 +43,13 @@ def checked(case: TrainingCase) -> list[CheckResult]:
     return run_checks(case, checks=["ddp_parity"], device="cpu", world_size=2)
 
 
+def planned() -> tuple[int, ...]:
+    plan: AccumulationPlan = plan_accumulation(100, 16, world_size=2, exact=False)
+    return plan.micro_batches()
+
+
 def test_names_are_what_they_are_called() -> None:
     assert callable(launch)
     assert callable(parametrize_with_checks)
+    assert planned() == (10,) * 5
     assert [mark.name for mark in MARKERS] == ["requires_gpus", "requires_gpus", "stability"]
