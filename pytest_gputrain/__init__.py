@@ -16,6 +16,7 @@ import pytest
 pytest.register_assert_rewrite("pytest_gputrain.checks")
 
 from pytest_gputrain.plugin.fixtures import (  # noqa: E402
+    batch_finder,
     ddp_launcher,
     device,
     gpu_count,
@@ -40,6 +41,9 @@ from pytest_gputrain.plugin.hooks import (  # noqa: E402
 
 if TYPE_CHECKING:
     from pytest_gputrain.batch.accumulation import AccumulationPlan, plan_accumulation
+    from pytest_gputrain.batch.choose import choose_batch_size
+    from pytest_gputrain.batch.discover import discover_batch_size
+    from pytest_gputrain.batch.discovery import find_batch
     from pytest_gputrain.case import TrainingCase
     from pytest_gputrain.checks import CheckResult, parametrize_with_checks, run_checks
     from pytest_gputrain.launch import Cause, LaunchError, LaunchResult, Verdict
@@ -56,6 +60,9 @@ __version__ = "0.1.0"
 # called, the function: whoever imports the room first, `from pytest_gputrain import launch` gives the same.
 _LAZY = {
     "TrainingCase": "case",
+    "choose_batch_size": "batch.choose",
+    "discover_batch_size": "batch.discover",
+    "find_batch": "batch.discovery",
     "CheckResult": "checks",
     "parametrize_with_checks": "checks",
     "run_checks": "checks",
@@ -79,9 +86,13 @@ __all__ = [
     "OutOfMemory",
     "TrainingCase",
     "Verdict",
+    "batch_finder",
+    "choose_batch_size",
     "ddp_launcher",
     "device",
+    "discover_batch_size",
     "distributed",
+    "find_batch",
     "gpu_count",
     "gpus",
     "grad_tracer",

@@ -69,6 +69,17 @@ def per_rank(global_batch_size: int | None, world_size: int) -> int | None:
     return share
 
 
+def dividing(name: str, size: object, share: int | None) -> int:
+    """Return a batch size as an int. Raises ``ValueError`` when it is none, or does not divide ``share``."""
+    chosen = whole(name, size)
+    if share is not None and share % chosen:
+        raise ValueError(
+            f"{name} {chosen} does not divide {share}, the samples of a step on one rank "
+            f"({share} = {share // chosen} * {chosen} + {share % chosen})"
+        )
+    return chosen
+
+
 def checked_steps(iterations: object, eval_batch_factor: object) -> None:
     """Raise ``ValueError`` for fewer than 2 training steps, or a factor below 0."""
     if not isinstance(iterations, int) or iterations < 2:

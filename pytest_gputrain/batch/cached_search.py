@@ -7,13 +7,14 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.batch.cache_entry import Entry
 
 if TYPE_CHECKING:
     from pytest_gputrain.batch.cache import BatchCache
+    from pytest_gputrain.batch.discovered import Discovered
     from pytest_gputrain.batch.search import SearchResult
 
 Probe = Callable[[int], "float | None"]
@@ -33,11 +34,12 @@ class Measures:
 
 @dataclass(frozen=True)
 class Found:
-    """The answer, what was known beside its probes, and whether all of it was known."""
+    """The answer, what was known beside its probes, whether all of it was known, and the cache's key."""
 
     result: SearchResult
     known: Known
     from_cache: bool
+    key: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _NotKnown(Exception):
@@ -49,19 +51,19 @@ def search_through(
 ) -> Found:
     """The answer by the cache; what had to be measured is stored."""
     if found := _looked_up(cache.load(key), search, probe, measures):
-        return found
+        return replace(found, key=key)
     with cache.lock(key):
         # Another process may have measured it while this one waited.
         entry = cache.load(key)
         if found := _looked_up(entry, search, probe, measures):
-            return found
+            return replace(found, key=key)
         known = _usable(entry, measures)
         result = search(probe, known)
         measured = Entry.measured(
             result.probes, limit=measures.limit, capacity=measures.capacity, free_bytes=measures.free
         )
         cache.store(key, entry.merged(measured) if entry else measured)
-    return Found(result, known, from_cache=False)
+    return Found(result, known, from_cache=False, key=key)
 
 
 def _looked_up(entry: Entry | None, search: Search, probe: Probe, measures: Measures) -> Found | None:
@@ -92,3 +94,10 @@ def _usable(entry: Entry | None, measures: Measures) -> Known:
         return {}
     known = entry.known(measures.limit)
     return known if any(peak is not None for peak in known.values()) else {}
+
+
+def rule_out(cache: BatchCache, found: Discovered, sizes: list[int]) -> None:
+    """Store that these sizes do not fit under the limit of a discovery: another rank ran out of memory."""
+    if (entry := cache.load(found.cache_key)) is not None:
+        ran_out = dict.fromkeys(sizes, found.limit)
+        cache.store(found.cache_key, entry.merged(replace(entry, peaks={}, ran_out=ran_out)))

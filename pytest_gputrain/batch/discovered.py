@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from pytest_gputrain.batch.search import SearchResult
 from pytest_gputrain.values import format_size
@@ -31,7 +32,7 @@ class Discovered:
     bytes at the peak of the answer, or where memory ran out if there is none; empty from a cache. warnings:
     what makes the answer doubtful. data_parallel: how its buckets were counted, "" without. failure: where
     the smallest size ran out. known: peaks by batch size that an earlier discovery measured, None where it
-    ran out.
+    ran out; cache_key: under which a cache keeps them. Both empty without a cache.
     """
 
     size: int
@@ -46,6 +47,7 @@ class Discovered:
     data_parallel: str = ""
     failure: str = ""
     known: Mapping[int, float | None] = field(default_factory=dict)
+    cache_key: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def smallest(self) -> int:
@@ -58,7 +60,7 @@ class Discovered:
         shown = ", ".join(f"{what} {format_size(size)}" for what, size in parts if size) or "nothing yet"
         ways = WAYS_OUT.get(parts[0][0], "") if parts else ""
         return (
-            f"{name} does not fit at batch size {self.smallest}: out of memory {self.failure}\n"
+            f"{name} does not fit at batch size {self.smallest}; {self.failure}\n"
             f"  limit {format_size(self.limit)} of a capacity of {format_size(self.capacity)}; "
             f"in use: {shown}\n"
             f"  what helps: {ways or 'a smaller model'}; or more memory (capacity, safety_margin)"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pytest_gputrain.batch import bounds
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pytest_gputrain.batch.cached_search import Known, Probe
     from pytest_gputrain.batch.probe import TrainingProbe
     from pytest_gputrain.batch.probe_target import Target
+
+_NEEDS_TWO = "Expected more than 1 value per channel when training"
 
 __all__ = ["Discovered", "find_batch"]
 
@@ -52,6 +54,8 @@ def find_batch(
     predicted: Callable[[int], float] | None = None,
     model: torch.nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    at_most: int | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> Discovered:
     """Find the largest device batch size whose training stays within ``capacity * safety_margin``.
 
@@ -60,7 +64,8 @@ def find_batch(
     (then gradients are there during forward); without it a step is one batch. ``world_size`` above 1 counts
     the buckets of data parallel. eval_batch_factor: evaluation's batch by training's, 0 for none.
     ``compiled``, ``checkpointing``: as the case does them. ``model`` and ``optimizer`` are probed in place
-    and left as they were; without them the case makes them. on_probe(batch size, peak or None, seconds).
+    and left as they were; without them the case makes them. at_most: bytes, a bound on the capacity (other
+    ranks have less). on_probe(batch size, peak or None, seconds). on_start(): the cache has no answer.
 
     Raises ``ValueError`` with one line for what cannot be asked; what the case's functions raise is passed
     on.
@@ -77,36 +82,15 @@ def find_batch(
 
     from pytest_gputrain.batch.probe import Conditions
     from pytest_gputrain.batch.probe_globals import preserved
-    from pytest_gputrain.batch.probe_target import Target, memory_here, micro_batches_of
+    from pytest_gputrain.batch.probe_target import memory_here, micro_batches_of, target_of
 
-    conditions = Conditions(
-        micro_batches=micro_batches_of(share),
-        iterations=iterations,
-        eval_batch_factor=eval_batch_factor,
-        compiled=compiled,
-        checkpointing=checkpointing,
-    )
+    conditions = Conditions(micro_batches_of(share), iterations, eval_batch_factor, compiled, checkpointing)
     with preserved():
         memory = memory_here(device, model)
-        if model is None:
-            target = Target.of_case(case, memory.device, conditions)
-        else:
-            target = Target.of_model(case, model, optimizer, memory.device, conditions)
-        target = target.with_data_parallel(world_size)
-        whole_capacity = memory.free if given is None else given
-        limit = max(1, bounds.limit_in_bytes(whole_capacity, margin) - target.reserved)
-        measures = Measures(limit, whole_capacity, memory.free, is_real=given is None)
-        search = partial(
-            _search,
-            least=least,
-            most=most,
-            multiple_of=multiple_of,
-            share=share,
-            limit=limit,
-            strategy=strategy,
-            predicted=predicted,
-        )
-        with _Runner(target, limit, on_probe) as runner:
+        target = target_of(case, model, optimizer, memory.device, conditions, world_size)
+        measures = _measures(memory.free, given, at_most, margin, target.reserved)
+        search = _Search(least, most, multiple_of, share, measures.limit, strategy, predicted, on_start)
+        with _Runner(target, measures.limit, on_probe) as runner:
             if cache is None:
                 found = Found(search(runner, {}), {}, from_cache=False)
             else:
@@ -115,29 +99,52 @@ def find_batch(
     return _discovered(found, runner, measures, time.monotonic() - began)
 
 
-def _search(
-    probe: Probe,
-    known: Known,
-    *,
-    least: int,
-    most: int,
-    multiple_of: int,
-    share: int | None,
-    limit: int,
-    strategy: str,
-    predicted: Callable[[int], float] | None,
-) -> SearchResult:
-    return find_maximum(
-        probe,
-        minimum=least,
-        maximum=most,
-        capacity=limit,
-        multiple_of=multiple_of,
-        divides=share,
-        strategy=strategy,
-        predicted=predicted,
-        known=known,
-    )
+def _measures(free: int, given: int | None, at_most: int | None, margin: float, reserved: int) -> Measures:
+    capacity = free if given is None else given
+    if at_most is not None:
+        capacity = min(capacity, at_most)
+    limit = max(1, bounds.limit_in_bytes(capacity, margin) - reserved)
+    return Measures(limit, capacity, free, is_real=given is None)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """``search(probe, known)``: ``find_maximum`` with all that stays the same."""
+
+    least: int
+    most: int
+    multiple_of: int
+    share: int | None
+    limit: int
+    strategy: str
+    predicted: Callable[[int], float] | None
+    on_start: Callable[[], None] | None
+
+    def __call__(self, probe: Probe, known: Known) -> SearchResult:
+        if self.on_start is not None and isinstance(probe, _Runner):
+            self.on_start()
+        try:
+            return self._from(self.least, probe, known)
+        except ValueError as error:
+            # BatchNorm over (batch, channels) cannot train on one sample. That is no bug, and not of memory.
+            if self.least > 1 or _NEEDS_TWO not in str(error):
+                raise
+        result = self._from(2, probe, known)
+        said = "batch size 1 cannot be trained (BatchNorm needs more than one value per channel)"
+        return replace(result, warning=f"{said}; {result.warning}" if result.warning else said)
+
+    def _from(self, least: int, probe: Probe, known: Known) -> SearchResult:
+        return find_maximum(
+            probe,
+            minimum=least,
+            maximum=self.most,
+            capacity=self.limit,
+            multiple_of=self.multiple_of,
+            divides=self.share,
+            strategy=self.strategy,
+            predicted=self.predicted,
+            known=known,
+        )
 
 
 class _Runner:
@@ -186,5 +193,6 @@ def _discovered(found: Found, runner: _Runner, measures: Measures, seconds: floa
         warnings=tuple(warnings),
         data_parallel=runner.target.data_parallel,
         known=found.known,
+        cache_key=found.key,
         failure="" if result.size or told is None else f"in {told.where}: {told.message}",
     )

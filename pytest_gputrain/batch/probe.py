@@ -22,6 +22,7 @@ from pytest_gputrain.batch.probe_batches import Draw
 from pytest_gputrain.batch.probe_findings import Observed, kernel_limit
 from pytest_gputrain.batch.probe_globals import global_hooks, preserved
 from pytest_gputrain.batch.probe_state import Snapshot
+from pytest_gputrain.batch.users_own import users_own
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.memory.clean import release
 from pytest_gputrain.memory.guard import OomGuard
@@ -54,8 +55,7 @@ class TrainingProbe:
     """``probe(batch_size) -> peak in bytes``, None when memory ran out. A context manager around all probes.
 
     On leaving, model, optimizer and process are as they were on entering. ``observed``: by batch size, what
-    the probes saw. ``raised``: the exception of the user's code that a probe passed on, which is not of
-    memory.
+    the probes saw.
     """
 
     def __init__(
@@ -75,7 +75,6 @@ class TrainingProbe:
         self.limit = limit
         self.optimizer = optimizer
         self.observed: dict[int, Observed] = {}
-        self.raised: BaseException | None = None
         self._stack = contextlib.ExitStack()
         self._snapshot: Snapshot | None = None
 
@@ -95,14 +94,13 @@ class TrainingProbe:
         assert self._snapshot is not None, "a probe runs inside of its with block"
         self.observed[batch_size] = observed = Observed()
         try:
-            with preserved(), self._world(), _fresh_compiler(self._compiles()):
+            with preserved(), self._world(), _fresh_compiler(self._compiles()), users_own():
                 return self._within_limit(batch_size, observed)
         except Exception as error:
             if is_oom(error):
                 observed.ran_out(error)
                 release(error)
                 return None
-            self.raised = error
             self._explain(error, batch_size)
             raise
         finally:

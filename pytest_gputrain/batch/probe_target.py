@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pytest_gputrain.batch import probe_world
 from pytest_gputrain.batch.probe import Conditions, TrainingProbe
+from pytest_gputrain.batch.users_own import users_own
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.case.defaults import unwrapped
 from pytest_gputrain.memory.capacity import known_device, memory_of
@@ -58,26 +59,6 @@ class Target:
     reserved: int = 0
     data_parallel: str = ""
 
-    @classmethod
-    def of_case(cls, case: TrainingCase, device: torch.device, conditions: Conditions) -> Target:
-        """A model of the case's own, drawn for now."""
-        torch.manual_seed(SEED)
-        model = case.model().to(device)
-        return cls(case, model, None, device, conditions)
-
-    @classmethod
-    def of_model(
-        cls,
-        case: TrainingCase,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        device: torch.device,
-        conditions: Conditions,
-    ) -> Target:
-        """The user's model. Raises ``ValueError`` where one rank alone cannot train it there."""
-        require_trainable(model, device)
-        return cls(case, model, optimizer, device, conditions)
-
     def with_data_parallel(self, world_size: int) -> Target:
         """Count the buckets, one more copy of the gradients, where training will be data parallel."""
         given = _data_parallel_inside(self.model)
@@ -106,11 +87,14 @@ class Target:
         from pytest_gputrain.batch.cache_key import cache_key, functions_of
 
         torch.manual_seed(SEED)
+        with users_own():
+            optimizer = self.optimizer or self.case.optimizer(self.model)
+            batch = self.case.batch(1, self.device)
         return cache_key(
             self.model,
             device=self.device,
-            optimizer=self.optimizer or self.case.optimizer(self.model),
-            batch=self.case.batch(1, self.device),
+            optimizer=optimizer,
+            batch=batch,
             compiled=self.conditions.compiled,
             world_size=world_size,
             functions=functions_of(self.case),
@@ -123,6 +107,26 @@ class Target:
             },
             components=components,
         )
+
+
+def target_of(
+    case: TrainingCase,
+    model: torch.nn.Module | None,
+    optimizer: torch.optim.Optimizer | None,
+    device: torch.device,
+    conditions: Conditions,
+    world_size: int,
+) -> Target:
+    """The user's model, or one of the case's own, drawn for now.
+
+    Raises ``ValueError`` where one rank alone cannot train it on this device.
+    """
+    if model is None:
+        torch.manual_seed(SEED)
+        with users_own():
+            model = case.model().to(device)
+    require_trainable(model, device)
+    return Target(case, model, optimizer, device, conditions).with_data_parallel(world_size)
 
 
 def require_trainable(model: torch.nn.Module, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from pytest_gputrain.plugin import known_there, leasing
 if TYPE_CHECKING:
     import torch
 
+    from pytest_gputrain.batch.finder import BatchFinder
     from pytest_gputrain.memory.guard import OomGuard
     from pytest_gputrain.plugin.launcher import PytestLauncher
     from pytest_gputrain.trace.gradients import GradTracer
@@ -70,6 +71,21 @@ def oom_guard() -> type[OomGuard]:
     from pytest_gputrain.memory.guard import OomGuard
 
     return OomGuard
+
+
+@pytest.fixture
+def batch_finder(request: pytest.FixtureRequest) -> BatchFinder:
+    """Return ``batch_finder(case, **settings)`` or ``batch_finder(model=…, max_seq_len=…, **settings)``: the
+    largest batch size that trains, as a ``Discovered``. Settings are those of ``find_batch``.
+
+    On the GPU that the test holds, if it is marked ``requires_gpus``, else on the CPU, within its memory or
+    the ``capacity`` given.
+    """
+    from pytest_gputrain.batch.finder import BatchFinder
+    from pytest_gputrain.plugin.settings import settings_of
+
+    held = leasing.held(request.node)
+    return BatchFinder(held.devices[0] if held else "cpu", settings_of(request.config).cache_dir)
 
 
 @pytest.fixture
