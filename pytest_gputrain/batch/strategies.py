@@ -52,6 +52,7 @@ class Model:
     def __init__(self, predicted: Callable[[int], float] | None = None) -> None:
         self._scale = Scale(predicted)
         self._widths: list[int] = []  # of the bracket, once it is closed
+        self._was_close = False  # whether the last target above all that ran was near it
         self._slack = 0  # rungs by which the model was wrong of late
         self._expected: tuple[int, bool] | None = None  # the rung chosen last, and whether it should fit
 
@@ -96,13 +97,13 @@ class Model:
         return (low + high) // 2
 
     def _above(self, evidence: Evidence, low: int, target: int | None) -> int:
-        """A rung above all that ran: the last that should fit, or beyond it once the model fell short."""
+        """A rung above all that ran: the last that should fit; the next after it, so as not to creep there."""
         sizes = evidence.sizes
         if target is None:
             return rung(sizes, self._unaided(evidence, sizes[low]))
-        if target > low and not self._slack:
-            if sizes[target] < CLOSE * sizes[low]:
-                self._expected = (target, True)
+        close = sizes[target] < CLOSE * sizes[low]
+        if target > low and not (close and self._was_close):
+            self._was_close = close
             return target
         above = _between(low, len(sizes), max(target, low) + 1 + self._slack)
         self._expected = (above, False)
