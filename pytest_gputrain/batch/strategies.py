@@ -97,7 +97,7 @@ class Model:
         return (low + high) // 2
 
     def _above(self, evidence: Evidence, low: int, target: int | None) -> int:
-        """A rung above all that ran: the last that should fit; the next after it, so as not to creep there."""
+        """A rung above all that ran: the last that should fit; from near it the one after, not to creep."""
         sizes = evidence.sizes
         if target is None:
             return rung(sizes, self._unaided(evidence, sizes[low]))

@@ -124,7 +124,7 @@ def test_any_curve_that_grows_is_searched_to_the_exact_maximum(
     )
     legal = [size for size in range(minimum, maximum + 1) if size % multiple_of == 0]
     assert result.size == max((s for s in legal if peaks[min(s, len(peaks)) - 1] <= capacity), default=0)
-    assert len(result.probes) <= 3 * math.log2(maximum) + 6
+    assert len(result.probes) <= 2 * math.log2(maximum) + 4
 
 
 @given(
