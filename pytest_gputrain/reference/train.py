@@ -1,0 +1,186 @@
+"""A training script as users write them, on this package's own small GPT. Runs by itself or under torchrun:
+
+    python -m pytest_gputrain.reference.train --depth 4 --steps 20 --auto_batch_size --memory_budget 500MB
+    torchrun --nproc_per_node=2 pytest_gputrain/reference/train.py --depth 4 --total_batch_size 64
+
+It trains data parallel with gradient accumulation, clipping and a learning-rate schedule, in three stages
+(base, mid, sft), and finds its device batch size with `discover_batch_size`. It prints one line a step and a
+last line of JSON. Exit code 2: what was asked for cannot be; one line says what.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.memory.guard import OomGuard
+from pytest_gputrain.reference.train_batch import Decision, decide, log_to_stdout
+from pytest_gputrain.reference.train_checkpoint import Checkpoint, check_writable, config_dict, load, save
+from pytest_gputrain.reference.train_job import Job, job_of
+from pytest_gputrain.reference.train_loop import Course, Loop
+from pytest_gputrain.reference.train_options import Options, TrainUsageError, parse
+from pytest_gputrain.reference.train_ranks import Ranks, first_rank, ranks
+
+
+def main(arguments: Sequence[str] | None = None, *, case: TrainingCase | None = None) -> int:
+    """Train as the options say; ``case`` in place of the script's own model. Returns the exit code."""
+    try:
+        options = parse(arguments)
+        check_writable(options.out, "--out")
+        check_writable(options.metrics, "--metrics")
+        checkpoint = load(options.checkpoint) if options.checkpoint else None
+        with ranks(options.device) as here, log_to_stdout():
+            _train(options, here, job_of(options, checkpoint, case), checkpoint)
+    except TrainUsageError as error:
+        if first_rank():
+            print(f"train: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+@dataclass(frozen=True)
+class _Trained:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    course: Course
+    peak_bytes: int | None
+    seconds: float
+
+
+def _train(options: Options, here: Ranks, job: Job, checkpoint: Checkpoint | None) -> None:
+    decision = decide(options, here, job, checkpoint)
+    here.say(str(decision.plan))
+    start_seconds = _seconds_since_start() - decision.seconds
+    done = _under_budget(options, here, job, checkpoint, decision)
+    if here.is_first:
+        if options.out:
+            save(_checkpoint(options, job, checkpoint, decision, done), options.out)
+        _tell(options, _metrics(options, here, job, decision, done, start_seconds))
+
+
+def _under_budget(
+    options: Options, here: Ranks, job: Job, checkpoint: Checkpoint | None, decision: Decision
+) -> _Trained:
+    """The training itself; model and optimizer are made inside, so that the budget counts them."""
+    with _guard(options, here) as guard:
+        torch.manual_seed(options.seed)
+        model = job.case.model().to(here.device)
+        optimizer = job.case.optimizer(model)
+        rates = tuple(options.lr or group["lr"] for group in optimizer.param_groups)
+        if checkpoint:
+            _restore(options, checkpoint, model, optimizer)
+        loop = Loop(
+            options=options,
+            ranks=here,
+            source=job.source,
+            loss=job.case.loss,
+            step=job.step,
+            rates=rates,
+            micro_batches=decision.micro_batches,
+            device_batch_size=decision.size,
+            tokens_per_step=decision.total * job.tokens,
+            first_step=checkpoint.step if checkpoint else 0,
+        )
+        started = time.perf_counter()
+        course = loop.run(job.case.wrap(model) if here.world_size > 1 else model, optimizer)
+        seconds = time.perf_counter() - started
+    return _Trained(model, optimizer, course, guard.peak_bytes if guard else None, seconds)
+
+
+@contextmanager
+def _guard(options: Options, here: Ranks) -> Iterator[OomGuard | None]:
+    """The budget, enforced; on a GPU the peak is measured without one too (on a CPU that would cost speed)."""
+    budget = options.budget(here.rank)
+    if budget is None and here.device.type == "cpu":
+        yield None
+        return
+    with OomGuard(budget, here.device) as guard:
+        yield guard
+
+
+def _restore(
+    options: Options, checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Weights always; moments only within a stage, because another stage is another optimisation."""
+    try:
+        model.load_state_dict(checkpoint.model)
+        if checkpoint.stage == options.stage:
+            optimizer.load_state_dict(checkpoint.optimizer)
+    except (RuntimeError, ValueError) as error:
+        raise TrainUsageError(f"--checkpoint {options.checkpoint}: {str(error).splitlines()[0]}") from error
+
+
+def _checkpoint(
+    options: Options, job: Job, before: Checkpoint | None, decision: Decision, done: _Trained
+) -> Checkpoint:
+    pretraining = before.pretraining_batch_size if before and options.stage != "base" else decision.size
+    return Checkpoint(
+        stage=options.stage,
+        step=(before.step if before else 0) + options.steps,
+        tokens=(before.tokens if before else 0) + options.steps * decision.total * job.tokens,
+        config=config_dict(job.config),
+        device_batch_size=decision.size,
+        pretraining_batch_size=pretraining,
+        total_batch_size=decision.total,
+        lr=options.lr or done.optimizer.defaults["lr"],
+        model=job.case.state_dict(done.model),
+        optimizer=done.optimizer.state_dict(),
+    )
+
+
+def _metrics(
+    options: Options, here: Ranks, job: Job, decision: Decision, done: _Trained, start_seconds: float
+) -> dict[str, Any]:
+    """What the run came to. Times in seconds, of the first rank; ``*_seconds`` do not overlap.
+
+    tokens_per_second: from the median step; the first one warms up and is left out where there are others.
+    """
+    steps = done.course.step_seconds
+    tokens = decision.total * job.tokens
+    return {
+        "case": job.case.name,
+        "stage": options.stage,
+        "device": here.device.type,
+        "world_size": here.world_size,
+        "steps": options.steps,
+        **decision.figures(),
+        "start_seconds": start_seconds,
+        "discovery_seconds": decision.seconds,
+        "training_seconds": done.seconds - done.course.evaluation_seconds,
+        "evaluation_seconds": done.course.evaluation_seconds,
+        "tokens": tokens * options.steps,
+        "tokens_per_second": tokens / median(steps[1:] or steps),
+        "first_loss": done.course.losses[0],
+        "final_loss": done.course.losses[-1],
+        "eval_loss": done.course.eval_loss,
+        "peak_bytes": done.peak_bytes,
+    }
+
+
+def _tell(options: Options, metrics: dict[str, Any]) -> None:
+    line = json.dumps(metrics)
+    if options.metrics:
+        options.metrics.parent.mkdir(parents=True, exist_ok=True)
+        Path(options.metrics).write_text(line + "\n", encoding="utf-8")
+    print(line, flush=True)
+
+
+def _seconds_since_start() -> float:
+    """Seconds since this process was made: interpreter, imports, process group, checkpoint."""
+    return time.time() - psutil.Process().create_time()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
