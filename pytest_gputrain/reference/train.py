@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -31,7 +30,7 @@ from pytest_gputrain.reference.train_checkpoint import Checkpoint, check_writabl
 from pytest_gputrain.reference.train_job import Job, job_of
 from pytest_gputrain.reference.train_loop import Course, Loop
 from pytest_gputrain.reference.train_options import Options, TrainUsageError, parse
-from pytest_gputrain.reference.train_ranks import Ranks, first_rank, ranks
+from pytest_gputrain.reference.train_ranks import Ranks, ranks
 
 
 def main(arguments: Sequence[str] | None = None, *, case: TrainingCase | None = None) -> int:
@@ -44,8 +43,8 @@ def main(arguments: Sequence[str] | None = None, *, case: TrainingCase | None = 
         with ranks(options.device) as here, log_to_stdout():
             _train(options, here, job_of(options, checkpoint, case), checkpoint)
     except TrainUsageError as error:
-        if first_rank():
-            print(f"train: {error}", file=sys.stderr)
+        # On every rank: torchrun ends the others as soon as one has left, which may be before they speak.
+        print(f"train: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
@@ -172,8 +171,7 @@ def _metrics(
 def _tell(options: Options, metrics: dict[str, Any]) -> None:
     line = json.dumps(metrics)
     if options.metrics:
-        options.metrics.parent.mkdir(parents=True, exist_ok=True)
-        Path(options.metrics).write_text(line + "\n", encoding="utf-8")
+        options.metrics.write_text(line + "\n", encoding="utf-8")
     print(line, flush=True)
 
 

@@ -37,7 +37,6 @@ class Checkpoint:
 
 def save(checkpoint: Checkpoint, path: Path) -> None:
     """Write a file that is either the old one or the new one, whenever this process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     values = {field.name: getattr(checkpoint, field.name) for field in fields(Checkpoint)}
     try:
@@ -64,11 +63,15 @@ def load(path: Path) -> Checkpoint:
 
 
 def check_writable(path: Path | None, option: str) -> None:
-    """Raise TrainUsageError where a file cannot be written: before training, not after it."""
+    """Raise TrainUsageError where a file cannot be written: before training, not after it. Makes its folder."""
     if path is None:
         return
-    folder = next(there for there in path.absolute().parents if there.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path.parent, os.W_OK) and not path.is_dir()
+    except OSError:
+        writable = False
+    if not writable:
         raise TrainUsageError(f"{option} {path}: cannot be written; give a file in a folder that can")
 
 

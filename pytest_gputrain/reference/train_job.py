@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,14 +64,16 @@ def _own(options: Options, checkpoint: Checkpoint | None) -> Job:
 def _users(options: Options, case: TrainingCase) -> Job:
     refuse_shape(options, case.name)
     step = with_clipping(case, options.max_norm)
-    return Job(case, DrawnSamples(case.batch, options.seed), step, None, _tokens_of(case))
+    # With the step that trains, so that the probe of a batch size runs it too.
+    trained = replace(case, step=step)
+    return Job(trained, DrawnSamples(case.batch, options.seed), step, None, _tokens_of(case))
 
 
 def _loaded(spec: str) -> TrainingCase:
     try:
         cases = load_case(spec)
     except CaseError as error:
-        raise TrainUsageError(f"--case: {error}") from None
+        raise TrainUsageError(f"--{error}") from None
     if len(cases) != 1:
         raise TrainUsageError(f"--case {spec} names {len(cases)} cases; name one")
     return cases[0]

@@ -47,11 +47,6 @@ class Ranks:
         return time.perf_counter()
 
 
-def first_rank() -> bool:
-    """Whether this process speaks for the run, also where its group could not be made."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 @contextmanager
 def ranks(device: str) -> Iterator[Ranks]:
     """Join the group that the environment describes, or the one that is there; leave the one that was made."""
