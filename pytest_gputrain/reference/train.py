@@ -87,9 +87,9 @@ def _under_budget(
             loss=job.case.loss,
             step=job.step,
             rates=rates,
-            micro_batches=decision.micro_batches,
+            micro_batches=decision.plan.micro_batches(),
             device_batch_size=decision.size,
-            tokens_per_step=decision.total * job.tokens,
+            tokens_per_step=decision.plan.global_batch_size * job.tokens,
             first_step=checkpoint.step if checkpoint else 0,
         )
         started = time.perf_counter()
@@ -128,11 +128,11 @@ def _checkpoint(
     return Checkpoint(
         stage=options.stage,
         step=(before.step if before else 0) + options.steps,
-        tokens=(before.tokens if before else 0) + options.steps * decision.total * job.tokens,
+        tokens=(before.tokens if before else 0) + options.steps * decision.plan.global_batch_size * job.tokens,
         config=config_dict(job.config),
         device_batch_size=decision.size,
         pretraining_batch_size=pretraining,
-        total_batch_size=decision.total,
+        total_batch_size=decision.plan.global_batch_size,
         lr=options.lr or done.optimizer.defaults["lr"],
         model=job.case.state_dict(done.model),
         optimizer=done.optimizer.state_dict(),
@@ -147,13 +147,14 @@ def _metrics(
     tokens_per_second: from the median step; the first one warms up and is left out where there are others.
     """
     steps = done.course.step_seconds
-    tokens = decision.total * job.tokens
+    tokens = decision.plan.global_batch_size * job.tokens
     return {
         "case": job.case.name,
         "stage": options.stage,
         "device": here.device.type,
         "world_size": here.world_size,
         "steps": options.steps,
+        "memory_budget": options.budget(here.rank),
         **decision.figures(),
         "start_seconds": start_seconds,
         "discovery_seconds": decision.seconds,
