@@ -26,6 +26,8 @@ AMPLE = "1TB"  # only so that peaks are measured on a CPU too
 # Batch sizes through which the line goes: below, temporaries of the optimizer may be the peak.
 SMALL, LARGE = 4, 12
 STEPS = 3  # the first makes the optimizer's state, the second needs everything at once
+# As torchrun does for several ranks: threads that wait for each other cost more than such a small model does.
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # A model whose samples weigh as much as its parameters: on a GPU, memory comes in blocks of 2 MiB.
 SHAPES = {
     "cpu": ("--depth=2", "--width=64", "--sequence_length=32"),
@@ -94,6 +96,7 @@ class Subject:
         passing: a run that does not pass fails the test with its cause; else it is returned as it is.
         """
         own = () if self.case else (shape or SHAPES[self.device])
+        env = {**ONE_THREAD, **(env or {})} if self.device == "cpu" else env
         arguments = [f"--device={self.device}", f"--steps={STEPS}", *own, *map(str, options)]
         key = (self.name, self.device, tuple(arguments), nproc, tuple(sorted((env or {}).items())), again)
         if key not in trials.done:

@@ -60,7 +60,7 @@ class _Trained:
 
 def _train(options: Options, here: Ranks, job: Job, checkpoint: Checkpoint | None) -> None:
     decision = decide(options, here, job, checkpoint)
-    here.say(str(decision.plan))
+    print(decision.plan, flush=True)  # each rank its own, which has to be the same
     start_seconds = _seconds_since_start() - decision.seconds
     done = _under_budget(options, here, job, checkpoint, decision)
     if here.is_first:
