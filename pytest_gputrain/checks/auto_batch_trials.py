@@ -1,8 +1,8 @@
 """Runs of the training script, for the shipped tests of automatic batch size: each distinct one is run once.
 
-A run is ``reference/train.py`` under torchrun or, for a user's case, its ``main`` on function ranks (a case that
-a list holds has no name on a command line). Memory budgets are not guessed: the same script is run at two batch
-sizes first, and a budget for n samples follows from the line through their peaks.
+A run is ``reference/train.py`` under torchrun or, for a user's case, its ``main`` on function ranks (a case
+that a list holds has no name on a command line). Memory budgets are not guessed: the same script is run at
+two batch sizes first, and a budget for n samples follows from the line through their peaks.
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class Subject:
             _run_main, arguments, self.case, world_size=nproc, device=self.device, env=env, check=passing
         )
 
-    def budget(self, launcher: Launcher, trials: Trials, samples: int, *options: str, nproc: int = 1, **more: Any) -> int:
+    def budget(
+        self, launcher: Launcher, trials: Trials, samples: int, *options: str, nproc: int = 1, **more: Any
+    ) -> int:
         """Bytes that hold ``samples`` samples a rank after the margin, and not one more."""
         # Data parallel buckets are the same on two ranks and on four.
         nproc = min(nproc, 2)

@@ -1,9 +1,9 @@
-"""Automatic batch size in real training: ``pytest --pyargs pytest_gputrain.checks --gputrain-case MODULE:ATTR``.
+"""Automatic batch size in real training: ``pytest --pyargs pytest_gputrain.checks -k auto_batch``.
 
-Runs the package's own training script (``reference/train.py``) under memory budgets that it measures first, on 1, 2
-and 4 ranks; with a case, the tests that are not about the script's own options train that case instead. The cuda
-tests need as many GPUs as ranks. Depths 12 to 32 run with ``--stability`` only: at their full width on a GPU, narrow,
-with few steps and a small budget, on a CPU.
+Runs the package's own training script (``reference/train.py``) under memory budgets that it measures first,
+on 1, 2 and 4 ranks; with ``--gputrain-case``, the tests that are not about the script's own options train that
+case instead. The cuda tests need as many GPUs as ranks. Depths 12 to 32 run with ``--stability`` only: at
+full width on a GPU; narrow, with few steps and a small budget, on a CPU.
 """
 
 from __future__ import annotations
@@ -44,13 +44,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name in ("subject", "script"):
         if name not in metafunc.fixturenames:
             continue
-        given = cases_of(metafunc.config) if name == "subject" and settings_of(metafunc.config).cases else [None]
+        given = (
+            cases_of(metafunc.config) if name == "subject" and settings_of(metafunc.config).cases else [None]
+        )
         gpus = pytest.mark.requires_gpus(RANKS.get(metafunc.function.__name__, 1))
         subjects = [Subject(case, device) for case in given for device in DEVICES]
         metafunc.parametrize(
             name,
             [
-                pytest.param(subject, id=f"{subject.name}-{subject.device}", marks=gpus if subject.device == "cuda" else ())
+                pytest.param(
+                    subject,
+                    id=f"{subject.name}-{subject.device}",
+                    marks=gpus if subject.device == "cuda" else (),
+                )
                 for subject in subjects
             ],
         )
@@ -126,7 +132,7 @@ def test_override(subject: Subject, ddp_launcher: PytestLauncher, trials: Trials
     given = subject.train(ddp_launcher, trials, "--auto_batch_size", "--device_batch_size=3")
     assert "Using manual device_batch_size=3" in given.printed()
     assert "Running auto-discovery" not in given.printed()
-    assert (given.size, given.metrics["batch_size_source"]) == (3, "override")
+    assert (given.size, given.metrics["batch_size_source"]) == (3, "manual")
 
 
 def test_disabled(subject: Subject, ddp_launcher: PytestLauncher, trials: Trials) -> None:
@@ -193,7 +199,9 @@ def too_little(subject: Subject, launcher: PytestLauncher, trials: Trials, nproc
     """Bytes that do not hold the training of one sample."""
     budget = int(subject.peak(launcher, trials, 1, nproc=nproc) * 0.7)
     if budget < LEAST_CAPACITY:
-        pytest.skip(f"one sample trains in {format_size(budget)}, a budget that would be refused as a unit forgotten")
+        pytest.skip(
+            f"one sample trains in {format_size(budget)}, a budget that would be refused as a unit forgotten"
+        )
     return budget
 
 
@@ -237,7 +245,9 @@ def test_out_of_memory_on_one_rank_only(
     """The rank with the least memory decides; one that holds no sample at all ends the run, on every rank."""
     much = subject.budget(ddp_launcher, trials, SAMPLES, nproc=2)
     less = subject.budget(ddp_launcher, trials, SAMPLES // 2, nproc=2)
-    found = subject.train(ddp_launcher, trials, "--auto_batch_size", f"--memory_budget={much},{less}", nproc=2)
+    found = subject.train(
+        ddp_launcher, trials, "--auto_batch_size", f"--memory_budget={much},{less}", nproc=2
+    )
     assert 1 <= found.size < automatic(subject, ddp_launcher, trials, nproc=2).size
     nothing = too_little(subject, ddp_launcher, trials, nproc=2)
     options = ("--auto_batch_size", f"--memory_budget={much},{nothing}")
@@ -245,7 +255,11 @@ def test_out_of_memory_on_one_rank_only(
 
 
 def test_throughput_comparison(
-    script: Subject, ddp_launcher: PytestLauncher, trials: Trials, tmp_path: Path, request: pytest.FixtureRequest
+    script: Subject,
+    ddp_launcher: PytestLauncher,
+    trials: Trials,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Manual against automatic, into ``throughput_comparison.json``; speed is reported and not judged."""
     pairs = [manual_and_automatic(script, ddp_launcher, trials, again=again) for again in range(2)]
@@ -276,7 +290,9 @@ def test_stability_at_the_size_found(
     shape += ["--width=32"] if on_cpu else ["--dtype=bfloat16"]
     steps = plan.iterations // STEPS_ON_CPU if on_cpu else plan.iterations
     budget = (
-        [f"--memory_budget={script.budget(ddp_launcher, trials, SAMPLES, shape=tuple(shape))}"] if on_cpu else []
+        [f"--memory_budget={script.budget(ddp_launcher, trials, SAMPLES, shape=tuple(shape))}"]
+        if on_cpu
+        else []
     )
     options = ("--auto_batch_size", *budget, f"--steps={steps}", f"--eval_every={max(1, steps // 4)}")
     found = script.train(ddp_launcher, trials, *options, shape=tuple(shape))

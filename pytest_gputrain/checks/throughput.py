@@ -1,4 +1,4 @@
-"""``throughput_comparison.json``: what a found batch size is worth against a given one, and what finding it cost."""
+"""``throughput_comparison.json``: what a found batch size is worth, and what finding it cost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Metrics = Mapping[str, Any]
 
 
 def compare(pairs: Sequence[tuple[Metrics, Metrics]]) -> dict[str, Any]:
-    """Medians of both sides over pairs (manual, auto) that were run in turn, so that a busy machine slows both.
+    """Medians over pairs (manual, auto) that were run in turn, so that a busy machine slows both sides.
 
     ``paid_back_after_seconds``: of training, until the time that discovery took has been won; None where
     the found size is not faster.
@@ -51,7 +51,7 @@ def compare(pairs: Sequence[tuple[Metrics, Metrics]]) -> dict[str, Any]:
 
 
 def write(figures: Mapping[str, Any], folder: Path, device: str) -> Path:
-    """Into ``throughput_comparison.json``, or where a GPU's figures are there already, ``…-cpu.json`` beside it.
+    """Into ``throughput_comparison.json``; a CPU's into ``…-cpu.json`` where a GPU's are there already.
 
     Returns the file.
     """

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 pytest_gputrain/reference/train.py --depth 4 --total_batch_size 64
 
 It trains data parallel with gradient accumulation, clipping and a learning-rate schedule, in three stages
-(base, mid, sft), and finds its device batch size with `discover_batch_size`. It prints one line a step and a
+(base, mid, sft), and finds its device batch size with `choose_batch_size`. It prints one line a step and a
 last line of JSON. Exit code 2: what was asked for cannot be; one line says what.
 """
 
@@ -100,7 +100,7 @@ def _under_budget(
 
 @contextmanager
 def _guard(options: Options, here: Ranks) -> Iterator[OomGuard | None]:
-    """The budget, enforced; on a GPU the peak is measured without one too (on a CPU that would cost speed)."""
+    """The budget, enforced. Without one a GPU's peak is still measured; on a CPU that would cost speed."""
     budget = options.budget(here.rank)
     if budget is None and here.device.type == "cpu":
         yield None
@@ -124,11 +124,12 @@ def _restore(
 def _checkpoint(
     options: Options, job: Job, before: Checkpoint | None, decision: Decision, done: _Trained
 ) -> Checkpoint:
-    pretraining = before.pretraining_batch_size if before and options.stage != "base" else decision.size
+    pretraining = before.pretraining_batch_size if before and options.is_later_stage else decision.size
     return Checkpoint(
         stage=options.stage,
         step=(before.step if before else 0) + options.steps,
-        tokens=(before.tokens if before else 0) + options.steps * decision.plan.global_batch_size * job.tokens,
+        tokens=(before.tokens if before else 0)
+        + options.steps * decision.plan.global_batch_size * job.tokens,
         config=config_dict(job.config),
         device_batch_size=decision.size,
         pretraining_batch_size=pretraining,

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_gputrain import discover_batch_size, plan_accumulation
-from pytest_gputrain.batch.accumulation import AccumulationPlan
+from pytest_gputrain import AccumulationPlan, choose_batch_size, plan_accumulation
+from pytest_gputrain.batch.choose import Chosen
 from pytest_gputrain.reference.train_checkpoint import Checkpoint
 from pytest_gputrain.reference.train_job import Job
-from pytest_gputrain.reference.train_options import DEFAULT_DEVICE_BATCH_SIZE, Options, TrainUsageError
+from pytest_gputrain.reference.train_options import Options, TrainUsageError
 from pytest_gputrain.reference.train_ranks import Ranks
 
 _log = logging.getLogger("pytest_gputrain.batch")
@@ -24,7 +23,7 @@ _log = logging.getLogger("pytest_gputrain.batch")
 class Decision:
     """size: the device batch size that was found or given; the plan's micro-batches are no larger.
 
-    source: "discovered", "cache", "fallback", "override" or "disabled". seconds: what it took.
+    source: "discovered", "cache", "fallback", "manual" or "disabled". seconds: what it took.
     """
 
     size: int
@@ -46,42 +45,42 @@ def decide(options: Options, here: Ranks, job: Job, checkpoint: Checkpoint | Non
 
     Raises OutOfMemory where not even one sample fits.
     """
-    began = time.perf_counter()
+    total = options.total_batch_size
     try:
-        if options.total_batch_size:  # before anything is searched
-            plan_accumulation(options.total_batch_size, 1, here.world_size)
-        size, source = _size(options, here, job)
-        plan = plan_accumulation(options.total_batch_size or size * here.world_size, size, here.world_size)
+        if total:  # before anything is searched
+            plan_accumulation(total, 1, here.world_size)
+        with _overheard() as lines:
+            chosen = _choose(options, here, job, checkpoint)
+        plan = plan_accumulation(total or chosen.size * here.world_size, chosen.size, here.world_size)
     except ValueError as error:
         raise TrainUsageError(str(error)) from error
-    if checkpoint and options.stage != "base":
-        _warn_of_growth(options.stage, size, checkpoint.pretraining_batch_size)
-    return Decision(size, source, time.perf_counter() - began, plan)
+    source = _source(lines) if chosen.source == "auto" else chosen.source
+    return Decision(chosen.size, source, chosen.seconds, plan)
 
 
-def _size(options: Options, here: Ranks, job: Job) -> tuple[int, str]:
-    if not options.auto_batch_size and options.device_batch_size is None:
-        _log.info("Auto-discovery disabled, using default device_batch_size=%d", DEFAULT_DEVICE_BATCH_SIZE)
-        return DEFAULT_DEVICE_BATCH_SIZE, "disabled"
-    manual = options.device_batch_size
-    with _overheard() as lines:
-        size = discover_batch_size(
-            model=None,  # the case makes one; this run's own is made after it, within the budget
-            max_seq_len=job.tokens,
-            device=here.device,
-            safety_margin=options.batch_size_margin,
-            max_batch_size=options.max_batch_size,
-            ddp_rank=here.rank,
-            ddp_world_size=here.world_size,
-            use_cache=options.batch_size_cache,
-            case=job.case,
-            # A size that is given need not divide the total: the last micro-batch is smaller then.
-            global_batch_size=options.total_batch_size if manual is None else None,
-            override=manual,
-            capacity=options.budget(here.rank),
-            eval_batch_factor=options.eval_batch_factor,
-        )
-    return size, "override" if manual else _source(lines)
+def _choose(options: Options, here: Ranks, job: Job, checkpoint: Checkpoint | None) -> Chosen:
+    searches = options.auto_batch_size and options.device_batch_size is None
+    return choose_batch_size(
+        model=None,  # the case makes one; this run's own is made after it, within the budget
+        max_seq_len=job.tokens,
+        device=here.device,
+        auto=options.auto_batch_size,
+        device_batch_size=options.device_batch_size,
+        stage=options.stage,
+        pretraining_batch_size=checkpoint.pretraining_batch_size
+        if options.is_later_stage and checkpoint
+        else None,
+        ddp_rank=here.rank,
+        ddp_world_size=here.world_size,
+        # A size that is given need not divide the total: the last micro-batch is smaller then.
+        global_batch_size=options.total_batch_size if searches else None,
+        case=job.case,
+        safety_margin=options.batch_size_margin,
+        max_batch_size=options.max_batch_size,
+        use_cache=options.batch_size_cache,
+        capacity=options.budget(here.rank),
+        eval_batch_factor=options.eval_batch_factor,
+    )
 
 
 def _source(lines: list[str]) -> str:
@@ -89,17 +88,6 @@ def _source(lines: list[str]) -> str:
     if any(line.startswith("Cache hit!") for line in lines):
         return "cache"
     return "fallback" if any("falling back" in line for line in lines) else "discovered"
-
-
-def _warn_of_growth(stage: str, size: int, pretraining: int) -> None:
-    if size > pretraining:
-        _log.warning(
-            "stage %s: device_batch_size=%d exceeds pretraining device_batch_size=%d; "
-            "what was tuned for that batch may not hold for this one",
-            stage,
-            size,
-            pretraining,
-        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The training script's model, loss, optimizer and step as a `TrainingCase`, so that its batch size can be found.
+"""The training script's model, loss, optimizer and step as a `TrainingCase`: its batch size can be found.
 
 What the probe of a batch size runs is the very step that trains: clipping, weighting, precision and all.
 """
@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytest_gputrain.case import TrainingCase
-from pytest_gputrain.case.pytree import batch_length
+from pytest_gputrain.case.defaults import DEFAULT_LEARNING_RATE
+from pytest_gputrain.case.pytree import batch_length, tensors
+from pytest_gputrain.case.training_case import LossReduction
 from pytest_gputrain.reference.gpt import GPTConfig, build, set_checkpointing
 from pytest_gputrain.reference.train_data import Samples, num_targets
 from pytest_gputrain.reference.train_options import Options
@@ -76,8 +78,6 @@ def summed(value: float, device: torch.device) -> float:
 
 
 def _device_of(batch: Any) -> torch.device:
-    from pytest_gputrain.case.pytree import tensors
-
     found = tensors(batch)
     return found[0].device if found else torch.device("cpu")
 
@@ -97,7 +97,9 @@ def make_model(config: GPTConfig, checkpointing: bool) -> nn.Module:
     return model
 
 
-def make_optimizer(name: str, lr: float, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(name: str, lr: float | None, model: nn.Module) -> torch.optim.Optimizer:
+    """``lr`` None: the default of a case's optimizer."""
+    lr = DEFAULT_LEARNING_RATE if lr is None else lr
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=lr)
     return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
@@ -106,7 +108,7 @@ def make_optimizer(name: str, lr: float, model: nn.Module) -> torch.optim.Optimi
 def stage_case(options: Options, config: GPTConfig, samples: Samples) -> TrainingCase:
     """The script's own model at a stage; documents count their tokens, everything else its samples."""
     loss = partial(token_loss, options.dtype)
-    reduction = "token_mean" if options.stage == "sft" else "mean"
+    reduction: LossReduction = "token_mean" if options.stage == "sft" else "mean"
     return TrainingCase(
         name=f"train-{options.stage}-d{config.depth}",
         model=partial(make_model, config, options.checkpointing),

@@ -21,7 +21,7 @@ FORMAT = "pytest-gputrain training checkpoint 1"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """config: the fields of `GPTConfig`, empty for a user's case. step, tokens: trained so far, all stages."""
+    """config: the fields of `GPTConfig`, empty for a user's case. step, tokens: so far, over all stages."""
 
     stage: str
     step: int
@@ -47,15 +47,19 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def load(path: Path) -> Checkpoint:
-    """Read what `save` wrote, tensors on the CPU. Raises TrainUsageError when it is missing or something else."""
+    """Read what `save` wrote, tensors on the CPU. Raises TrainUsageError where that is not there."""
     if not path.is_file():
-        raise TrainUsageError(f"--checkpoint {path}: there is no such file; --out of an earlier run writes one")
+        raise TrainUsageError(
+            f"--checkpoint {path}: there is no such file; --out of an earlier run writes one"
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several types for files that it did not write
         raise TrainUsageError(f"--checkpoint {path}: cannot be read ({_first_line(error)})") from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise TrainUsageError(f"--checkpoint {path}: not written by this script; give a file that --out wrote")
+        raise TrainUsageError(
+            f"--checkpoint {path}: not written by this script; give a file that --out wrote"
+        )
     try:
         return Checkpoint(**content)
     except TypeError as error:
@@ -63,7 +67,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def check_writable(path: Path | None, option: str) -> None:
-    """Raise TrainUsageError where a file cannot be written: before training, not after it. Makes its folder."""
+    """Raise TrainUsageError where a file cannot be written, before training. Makes its folder."""
     if path is None:
         return
     try:
@@ -84,7 +88,9 @@ def config_of(given: dict[str, Any], checkpoint: Checkpoint | None) -> GPTConfig
     if checkpoint is None:
         return GPTConfig(**said)
     if not checkpoint.config:
-        raise TrainUsageError("the checkpoint is of another model than this script's; its case has to be given")
+        raise TrainUsageError(
+            "the checkpoint is of another model than this script's; its case has to be given"
+        )
     for name, value in said.items():
         if checkpoint.config.get(name) != value:
             raise TrainUsageError(

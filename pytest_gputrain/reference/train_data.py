@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pytest_gputrain.reference.train_options import NUM_BYTES, STAGES
 
-# Prose of this project's own documentation, kept as it was: losses stay comparable when the documentation changes.
+# Prose of this project's documentation as it once was: losses stay comparable when the documentation changes.
 TEXT = Path(__file__).with_name("text.txt")
 HELD_OUT = 0.1  # of the text, at its end, for evaluation
 MASKED = -100  # what cross_entropy leaves out

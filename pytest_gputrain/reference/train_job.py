@@ -50,11 +50,15 @@ def _own(options: Options, checkpoint: Checkpoint | None) -> Job:
         given = {name: given[name] or defaults.get(name) for name in SHAPE}
     config = config_of(given, checkpoint)
     if config.num_channels % HEAD_WIDTH:
-        raise TrainUsageError(f"--width {config.num_channels} is not a multiple of {HEAD_WIDTH}, a head's width")
-    if options.dataset == "text" and config.sequence_length >= (held_out := int(len(text_tokens()) * HELD_OUT)):
         raise TrainUsageError(
-            f"--sequence_length {config.sequence_length} is too long for the text, of which {held_out} tokens are "
-            "kept for evaluation; give less, or --dataset synthetic"
+            f"--width {config.num_channels} is not a multiple of {HEAD_WIDTH}, a head's width"
+        )
+    if options.dataset == "text" and config.sequence_length >= (
+        held_out := int(len(text_tokens()) * HELD_OUT)
+    ):
+        raise TrainUsageError(
+            f"--sequence_length {config.sequence_length} is too long for the text, of which {held_out} "
+            "tokens are kept for evaluation; give less, or --dataset synthetic"
         )
     samples = Samples(options.stage, options.dataset, config.sequence_length, options.seed)
     case = stage_case(options, config, samples)

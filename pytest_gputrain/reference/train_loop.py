@@ -86,9 +86,7 @@ class Loop:
         first = self.ranks.rank * sum(self.micro_batches)
         batches = []
         for count in self.micro_batches:
-            batches.append(
-                self.source.batch(self.first_step + number - 1, first, count, self.ranks.device)
-            )
+            batches.append(self.source.batch(self.first_step + number - 1, first, count, self.ranks.device))
             first += count
         return batches
 
@@ -111,7 +109,7 @@ class Loop:
 
 
 def schedule(number: int, steps: int, warmup: int | None = None) -> float:
-    """The share of the highest learning rate at step ``number`` (from 1): linear up, then a cosine down to 0.1.
+    """Share of the highest learning rate at step ``number`` (from 1): linear up, then a cosine down to 0.1.
 
     warmup: steps; None is a tenth of all.
     """

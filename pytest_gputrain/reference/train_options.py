@@ -18,7 +18,6 @@ STAGES = ("base", "mid", "sft")
 DATASETS = ("synthetic", "text")
 # Later stages move an already trained model: nanochat's ratios in the round.
 LEARNING_RATES = {"base": 1e-3, "mid": 3e-4, "sft": 1e-4}
-DEFAULT_DEVICE_BATCH_SIZE = 8
 DEFAULT_DEPTH = 4
 SHAPE = ("depth", "width", "vocab_size", "sequence_length", "dropout")
 DEFAULT_SEQUENCE_LENGTH = 64
@@ -31,9 +30,10 @@ class TrainUsageError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What was asked for. None where the user left it to the script; `depth` etc. may come of a checkpoint.
+    """What was asked for; None where the user left it open.
 
-    lr: None leaves a case's optimizer its own. memory_budget: bytes, one a rank (the last one stands for the ranks beyond); empty without a budget.
+    depth and what belongs to it may come of a checkpoint. lr: None leaves a case's optimizer its own.
+    memory_budget: bytes, one a rank (the last stands for the ranks beyond); empty without a budget.
     """
 
     stage: str
@@ -67,6 +67,10 @@ class Options:
     out: Path | None
     metrics: Path | None
 
+    @property
+    def is_later_stage(self) -> bool:
+        return self.stage != "base"
+
     def budget(self, rank: int) -> int | None:
         """Bytes that this rank may use; None where nothing limits it."""
         return self.memory_budget[min(rank, len(self.memory_budget) - 1)] if self.memory_budget else None
@@ -89,9 +93,13 @@ def refuse_shape(options: Options, case: str) -> None:
     """Raise TrainUsageError where a shape is asked of a model that is not the script's own."""
     for name in SHAPE:
         if (value := getattr(options, name)) is not None:
-            raise TrainUsageError(f"--{name} {value} is for the script's own model; the case {case} brings its own")
+            raise TrainUsageError(
+                f"--{name} {value} is for the script's own model; the case {case} brings its own"
+            )
     if options.stage != "base":
-        raise TrainUsageError(f"--stage {options.stage} is for the script's own model; the case {case} has none")
+        raise TrainUsageError(
+            f"--stage {options.stage} is for the script's own model; the case {case} has none"
+        )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -107,32 +115,42 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _what(parser: argparse.ArgumentParser) -> None:
-    _add(parser, "stage", str, "base", "pretraining, midtraining, or fine-tuning on documents", choices=STAGES)
+    _add(
+        parser, "stage", str, "base", "pretraining, midtraining, or fine-tuning on documents", choices=STAGES
+    )
     _add(parser, "dataset", str, "synthetic", "made-up sequences, or a text as bytes", choices=DATASETS)
     _add(parser, "depth", _whole(1), None, f"layers (default {DEFAULT_DEPTH}, or the checkpoint's)")
     _add(parser, "width", _whole(32), None, "channels, a multiple of 32 (default 64 x depth)")
     _add(parser, "vocab_size", _whole(NUM_BYTES), None, f"tokens that the model knows (default {NUM_BYTES})")
     _add(parser, "sequence_length", _whole(2), None, "tokens a sample (default 64)", "max_seq_len")
     _add(parser, "dropout", _number(0, 1, "in [0, 1)"), None, "probability of dropping a channel (default 0)")
-    _add(parser, "case", str, None, "MODULE:ATTR of a TrainingCase to train in place of the script's own model")
+    _add(
+        parser, "case", str, None, "MODULE:ATTR of a TrainingCase to train in place of the script's own model"
+    )
 
 
 def _how(parser: argparse.ArgumentParser) -> None:
     _add(parser, "steps", _whole(1), 20, "optimizer steps (default 20)", "num_iterations")
     _add(parser, "lr", _number(0, math.inf, "above 0", low_too=False), None, "highest learning rate")
     _add(parser, "warmup_steps", _whole(0), None, "steps of linear warm-up (default a tenth)")
-    _add(parser, "max_norm", _number(0, math.inf, "above 0", low_too=False), 1.0, "gradients' norm is cut here")
+    _add(
+        parser, "max_norm", _number(0, math.inf, "above 0", low_too=False), 1.0, "gradients' norm is cut here"
+    )
     _add(parser, "optimizer", str, "adamw", "adamw, or sgd, which keeps no state", choices=("adamw", "sgd"))
     _add(parser, "dtype", str, "float32", "of the products, by autocast", choices=("float32", "bfloat16"))
     _add(parser, "checkpointing", _flag, False, "recompute activations in backward")
     _add(parser, "seed", _whole(0), 1234, "of weights and data")
-    _add(parser, "device", str, "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    _add(
+        parser, "device", str, "auto", "auto takes a GPU where there is one", choices=("auto", "cpu", "cuda")
+    )
 
 
 def _batch_size(parser: argparse.ArgumentParser) -> None:
     _add(parser, "auto_batch_size", _flag, False, "find the device batch size that fits")
     _add(parser, "device_batch_size", _whole(1), None, "samples a rank and micro-step; goes before finding")
-    _add(parser, "total_batch_size", _whole(1), None, "samples an optimizer step, over all ranks (accumulates)")
+    _add(
+        parser, "total_batch_size", _whole(1), None, "samples an optimizer step, over all ranks (accumulates)"
+    )
     _add(parser, "max_batch_size", _whole(1), 128, "largest device batch size that is tried (default 128)")
     _add(parser, "batch_size_margin", float, 0.85, "share of the memory that may be used (default 0.85)")
     _add(parser, "batch_size_cache", _flag, False, "look the batch size up, and keep what was found")
@@ -140,9 +158,13 @@ def _batch_size(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluation(parser: argparse.ArgumentParser) -> None:
-    _add(parser, "eval_every", _whole(0), 0, "steps between evaluations; 0 (default) evaluates at the end only")
+    _add(
+        parser, "eval_every", _whole(0), 0, "steps between evaluations; 0 (default) evaluates at the end only"
+    )
     _add(parser, "eval_batches", _whole(1), 2, "batches of an evaluation, a rank (default 2)")
-    _add(parser, "eval_batch_factor", _whole(1), 1, "device batches that evaluation takes at once (default 1)")
+    _add(
+        parser, "eval_batch_factor", _whole(1), 1, "device batches that evaluation takes at once (default 1)"
+    )
 
 
 def _files(parser: argparse.ArgumentParser) -> None:

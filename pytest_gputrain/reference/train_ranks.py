@@ -1,4 +1,4 @@
-"""The ranks of a training run: as torchrun starts them, as a launcher has prepared them, or one process alone."""
+"""The ranks of a training run: started by torchrun, prepared by a launcher, or one process alone."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Ranks:
 
 @contextmanager
 def ranks(device: str) -> Iterator[Ranks]:
-    """Join the group that the environment describes, or the one that is there; leave the one that was made."""
+    """Join the group that the environment describes, or that is there already; leave one made here."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     mine = _device(device)
     if mine.type == "cuda":
@@ -60,7 +60,7 @@ def ranks(device: str) -> Iterator[Ranks]:
     try:
         yield Ranks(int(os.environ.get("RANK", "0")) if world_size > 1 else 0, world_size, mine)
     finally:
-        # Not while an exception is on its way: the others may be in a collective, and NCCL would wait for them.
+        # Not with an exception on its way: the others may be in a collective, and NCCL would wait for them.
         if made and sys.exc_info()[0] is None:
             dist.destroy_process_group()
 

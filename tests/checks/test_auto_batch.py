@@ -80,15 +80,16 @@ def test_stability_on_a_cpu(run_child: Run) -> None:
 
 
 def run_of(device: str, size: int, speed: float, discovery: float) -> dict[str, object]:
-    figures = {name: 1.0 for name in throughput.FIGURES}
+    figures = dict.fromkeys(throughput.FIGURES, 1.0)
     of_run = {"case": "train", "device": device, "world_size": 1, "steps": 3, "total_batch_size": 20}
-    return {
-        **figures, **of_run, "device_batch_size": size, "tokens_per_second": speed, "discovery_seconds": discovery
-    }  # fmt: skip
+    varied = {"device_batch_size": size, "tokens_per_second": speed, "discovery_seconds": discovery}
+    return {**figures, **of_run, **varied}
 
 
 def test_a_comparison_tells_when_the_search_has_paid_for_itself() -> None:
-    pairs = [(run_of("cpu", 2, speed, 0.0), run_of("cpu", 10, speed * 3, 8.0)) for speed in (10.0, 20.0, 90.0)]
+    pairs = [
+        (run_of("cpu", 2, speed, 0.0), run_of("cpu", 10, speed * 3, 8.0)) for speed in (10.0, 20.0, 90.0)
+    ]
     figures = throughput.compare(pairs)
     assert figures["auto_over_manual"] == 3.0
     assert figures["manual"]["tokens_per_second"] == 20.0
@@ -100,7 +101,9 @@ def test_a_comparison_tells_when_the_search_has_paid_for_itself() -> None:
 
 def test_a_comparison_on_a_cpu_does_not_replace_that_of_a_gpu(tmp_path: Path) -> None:
     folder = tmp_path / "new"
-    names = [throughput.write({"device": device}, folder, device).name for device in ("cpu", "cpu", "cuda", "cpu")]
+    names = [
+        throughput.write({"device": device}, folder, device).name for device in ("cpu", "cpu", "cuda", "cpu")
+    ]
     assert names == [throughput.FILE] * 3 + ["throughput_comparison-cpu.json"]
     assert json.loads((folder / throughput.FILE).read_text()) == {"device": "cuda"}
     assert len([*folder.iterdir()]) == 2

@@ -1,4 +1,4 @@
-"""``-p tests.planted.plug_broken_train``: the shipped tests of automatic batch size, each with what it has to catch."""
+"""``-p tests.planted.plug_broken_train``: the shipped auto-batch tests, each with what it has to catch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pytest_gputrain.checks import auto_batch_trials
 
 SCRIPT = Path(__file__).parent / "scripts" / "train_broken.py"
 PLANTED = {
-    "test_single_device": ["one_too_many", "one_too_few"],
+    "test_single_device": ["margin_ignored", "half_of_the_memory"],
     "test_two_ranks": ["ranks_disagree"],
     "test_four_ranks": ["every_rank_for_itself"],
     "test_manual_against_auto": ["loss_not_divided", "total_ignored"],
-    "test_override": ["override_ignored"],
+    "test_override": ["given_size_ignored"],
     "test_disabled": ["searches_unasked"],
     "test_cache_miss": ["stale_answer"],
     "test_cache_hit": ["cache_never_read"],
@@ -24,7 +24,7 @@ PLANTED = {
     "test_out_of_memory_in_evaluation_only": ["evaluation_not_probed"],
     "test_out_of_memory_on_one_rank_only": ["first_ranks_memory_only"],
     "test_throughput_comparison": ["smallest"],
-    "test_stability_at_the_size_found": ["one_too_many"],
+    "test_stability_at_the_size_found": ["margin_ignored"],
 }  # fmt: skip
 
 

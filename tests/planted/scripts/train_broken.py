@@ -1,7 +1,7 @@
-"""The training script with one thing broken: the one that ``PLANTED_TRAIN`` names. Shipped tests have to notice.
+"""The training script with one thing broken, the one that ``PLANTED_TRAIN`` names: shipped tests must notice.
 
-Run by ``tests/checks/test_auto_batch.py`` in the place of ``reference/train.py``. Runs that only measure a peak
-stay as they are.
+Run in the place of ``reference/train.py`` by ``plug_broken_train``. Runs that only measure a peak are not
+broken.
 """
 
 from __future__ import annotations
@@ -12,78 +12,81 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-import torch
-
-from pytest_gputrain import OutOfMemory
+from pytest_gputrain import OutOfMemory, choose_batch_size
+from pytest_gputrain.batch.choose import Chosen
 from pytest_gputrain.batch.probe_target import Target
 from pytest_gputrain.checks.auto_batch_trials import AMPLE
 from pytest_gputrain.reference import train, train_batch, train_case
 
-discover = train_batch.discover_batch_size
-parse = train.parse
+choose = choose_batch_size
 Asked = dict[str, Any]
 
 
-def one_too_many(asked: Asked) -> int:
-    return discover(**asked) + 1
+def margin_ignored(asked: Asked) -> Chosen:
+    return choose(**{**asked, "safety_margin": 1.0})
 
 
-def one_too_few(asked: Asked) -> int:
-    return discover(**asked) - 1
+def half_of_the_memory(asked: Asked) -> Chosen:
+    return choose(**{**asked, "safety_margin": 0.5})
 
 
-def smallest(asked: Asked) -> int:
-    discover(**asked)
-    return 1
+def smallest(asked: Asked) -> Chosen:
+    return choose(**{**asked, "max_batch_size": 1})
 
 
-def ranks_disagree(asked: Asked) -> int:
-    return discover(**asked) - int(os.environ["RANK"])
+def ranks_disagree(asked: Asked) -> Chosen:
+    chosen = choose(**asked)
+    return dataclasses.replace(chosen, size=chosen.size - int(os.environ["RANK"]))
 
 
-def every_rank_for_itself(asked: Asked) -> int:
-    return discover(**{**asked, "ddp_rank": 0, "ddp_world_size": 1})
+def every_rank_for_itself(asked: Asked) -> Chosen:
+    return choose(**{**asked, "ddp_rank": 0, "ddp_world_size": 1})
 
 
-def total_ignored(asked: Asked) -> int:
-    return discover(**{**asked, "global_batch_size": None})
+def total_ignored(asked: Asked) -> Chosen:
+    return choose(**{**asked, "global_batch_size": None})
 
 
-def override_ignored(asked: Asked) -> int:
-    return discover(**{**asked, "override": None})
+def given_size_ignored(asked: Asked) -> Chosen:
+    return choose(**{**asked, "device_batch_size": None})
 
 
-def stale_answer(asked: Asked) -> int:
+def searches_unasked(asked: Asked) -> Chosen:
+    return choose(**{**asked, "auto": True})
+
+
+def stale_answer(asked: Asked) -> Chosen:
     logging.getLogger("pytest_gputrain.batch").info("Cache hit! Using cached batch size 4")
-    return 4
+    return Chosen(4, "auto", 0.0)
 
 
-def cache_never_read(asked: Asked) -> int:
-    return discover(**{**asked, "use_cache": False})
+def cache_never_read(asked: Asked) -> Chosen:
+    return choose(**{**asked, "use_cache": False})
 
 
-def evaluation_not_probed(asked: Asked) -> int:
-    return discover(**{**asked, "eval_batch_factor": 0})
+def evaluation_not_probed(asked: Asked) -> Chosen:
+    return choose(**{**asked, "eval_batch_factor": 0})
 
 
-def optimizer_not_probed(asked: Asked) -> int:
-    without = dataclasses.replace(asked["case"], optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.0))
-    return discover(**{**asked, "case": without})
+def optimizer_not_probed(asked: Asked) -> Chosen:
+    without = dataclasses.replace(asked["case"], optimizer=partial(train_case.make_optimizer, "sgd", 0.1))
+    return choose(**{**asked, "case": without})
 
 
-def first_ranks_memory_only(asked: Asked) -> int:
-    first = sys.argv[-1].partition("=")[2].split(",")[0]
-    return discover(**{**asked, "capacity": first})
+def first_ranks_memory_only(asked: Asked) -> Chosen:
+    budgets = next(argument for argument in sys.argv if argument.startswith("--memory_budget="))
+    return choose(**{**asked, "capacity": budgets.partition("=")[2].split(",")[0]})
 
 
-def too_large_swallowed(asked: Asked) -> int:
-    train._guard = unguarded  # type: ignore[assignment]
+def too_large_swallowed(asked: Asked) -> Chosen:
+    vars(train)["_guard"] = unguarded
     try:
-        return discover(**asked)
+        return choose(**asked)
     except OutOfMemory:
-        return 1
+        return Chosen(1, "auto", 0.0)
 
 
 @contextlib.contextmanager
@@ -91,30 +94,24 @@ def unguarded(*_: Any) -> Iterator[None]:
     yield None
 
 
-def key_of_everything(asked: Asked) -> int:
+def key_of_everything(asked: Asked) -> Chosen:
     Target.cache_key = lambda self, *_: {"format": 1}  # type: ignore[method-assign]
-    return discover(**asked)
+    return choose(**asked)
 
 
-def loss_not_divided(asked: Asked) -> int:
+def loss_not_divided(asked: Asked) -> Chosen:
     def ones(self: train_case.ClippedStep, micro_batches: Sequence[Any]) -> list[float]:
         return [1.0] * len(micro_batches)
 
     train_case.ClippedStep._scales = ones  # type: ignore[method-assign]
-    return discover(**asked)
-
-
-def searches_unasked(asked: Asked) -> int:
-    return discover(**asked)
+    return choose(**asked)
 
 
 def main() -> int:
     name = os.environ.get("PLANTED_TRAIN", "")
     if name and not any(AMPLE in argument for argument in sys.argv):
         broken = globals()[name]
-        train_batch.discover_batch_size = lambda **asked: broken(asked)
-        if broken is searches_unasked:
-            train.parse = lambda given: dataclasses.replace(parse(given), auto_batch_size=True)
+        vars(train_batch)["choose_batch_size"] = lambda **asked: broken(asked)
     return train.main()
 
 
