@@ -2,7 +2,7 @@
 
 Runs the package's own training script (``reference/train.py``) under memory budgets that it measures first,
 on 1, 2 and 4 ranks; with ``--gputrain-case``, the tests that are not about the script's own options train
-that case instead. The cuda tests need as many GPUs as ranks. Depths 12 to 32 run with ``--stability`` only: at
+that case instead. The cuda tests need as many GPUs as ranks. With ``--stability`` come depths 12 to 32: at
 full width on a GPU; narrow, with few steps and a small budget, on a CPU.
 """
 
