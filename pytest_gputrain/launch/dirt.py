@@ -11,6 +11,7 @@ Python's back; files.
 
 from __future__ import annotations
 
+import _signal
 import builtins
 import contextlib
 import decimal
@@ -28,6 +29,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
 from . import process, stacks
 
@@ -65,7 +67,7 @@ class Baseline:
         for name, before in self._values.items():
             try:
                 after = self._probes[name]()
-                if after != before:
+                if after is not before and after != before:
                     found.append(f"{name}: {changed(before, after)}")
             except Exception as error:  # whatever stops it from being read was left behind too
                 found.append(f"{name} cannot be read any more: {type(error).__name__}: {error}"[:300])
@@ -75,9 +77,26 @@ class Baseline:
         found = []
         if (files := open_files()) > self._files + MORE_FILES:
             found.append(f"open files: grew from {self._files} to {files}")
-        if (memory := resident()) > self._memory + MORE_MEMORY:
+        most = self._memory + MORE_MEMORY
+        # The peak can be had ten times as fast, and what never was is not there.
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10 > most and (memory := resident()) > most:
             found.append(f"memory: grew from {self._memory >> 20} to {memory >> 20} MiB")
         return found
+
+
+class Glance:
+    """A probe that costs time, behind a look that costs none: it is read again only when the look differs."""
+
+    def __init__(self, look: Probe, probe: Probe) -> None:
+        self._look, self._probe = look, probe
+        self._seen, self._value = look(), probe()
+
+    def __call__(self) -> object:
+        """The probe's value."""
+        if (now := self._look()) != self._seen:
+            self._value = self._probe()
+            self._seen = now
+        return self._value
 
 
 def changed(before: object, after: object) -> str:
@@ -106,11 +125,16 @@ def resident() -> int:
 def by_call() -> dict[str, Probe]:
     """State that each call has its own of."""
     return {
-        "environment": lambda: dict(os.environ),
+        "environment": Glance(_environment, lambda: dict(os.environ)),
         "working directory": os.getcwd,
         "sys.path": lambda: list(sys.path),
         "sys.argv": lambda: list(sys.argv),
     }
+
+
+def _environment() -> object:
+    """The variables, as they are behind ``os.environ``: a fraction of the time that decoding them takes."""
+    return dict(getattr(os.environ, "_data", os.environ))
 
 
 def python() -> dict[str, Probe]:
@@ -118,7 +142,7 @@ def python() -> dict[str, Probe]:
     return {
         "threads": _threads_once_ended(),
         "child processes": process.has_children,
-        "signal handlers": _signal_handlers,
+        "signal handlers": Glance(_handlers_in_c, _signal_handlers),
         "signal mask": lambda: signal.pthread_sigmask(signal.SIG_BLOCK, []),
         "timers": lambda: [signal.getitimer(which)[0] > 0 for which in _TIMERS],
         "umask": _umask,
@@ -128,7 +152,7 @@ def python() -> dict[str, Probe]:
         "interpreter hooks": _hooks,
         "interpreter limits": lambda: (sys.getrecursionlimit(), sys.getswitchinterval()),
         "garbage collector": lambda: (gc.isenabled(), gc.get_threshold(), len(gc.callbacks)),
-        "import hooks": _import_hooks,
+        "import hooks": Glance(lambda: [*sys.meta_path, *sys.path_hooks], _import_hooks),
         "warnings filters": lambda: list(warnings.filters),
         "logging": Loggers(),
         "locale": lambda: locale.setlocale(locale.LC_ALL),
@@ -178,6 +202,11 @@ def _threads() -> dict[str, int]:
     }
 
 
+def _handlers_in_c() -> object:
+    """What ``signal.getsignal`` makes enumerations of."""
+    return list(map(_signal.getsignal, range(1, signal.NSIG)))
+
+
 def _signal_handlers() -> dict[str, object]:
     return {number.name: _handler(number) for number in signal.Signals}
 
@@ -216,22 +245,27 @@ def _hooks() -> dict[str, object]:
 class Loggers:
     """The root logger and those that are there, to see that none was set up anew. What comes new is fine."""
 
-    _read = operator.attrgetter("level", "disabled", "propagate", "handlers")
+    _read = tuple(map(operator.attrgetter, ("level", "disabled", "propagate", "handlers")))
 
     def __init__(self) -> None:
         there = logging.root.manager.loggerDict.values()
         self._loggers = [logging.root, *(each for each in there if isinstance(each, logging.Logger))]
-        self._clean = dict.fromkeys((logger.name for logger in self._loggers), "as it was")
-        self._values = [(*rest, list(handlers)) for *rest, handlers in map(self._read, self._loggers)]
+        self._clean: dict[str, object] = dict.fromkeys((each.name for each in self._loggers), "as it was")
+        self._clean["disable"] = logging.root.manager.disable
+        *plain, handlers = self._now()
+        self._values = [*plain, list(map(list, handlers))]
+
+    def _now(self) -> list[list[Any]]:
+        return [list(map(read, self._loggers)) for read in self._read]  # hundreds, after every call: in C
 
     def __call__(self) -> dict[str, object]:
         """Each by name, and whether logging is off as a whole."""
-        found: dict[str, object] = {**self._clean, "disable": logging.root.manager.disable}
-        now = list(map(self._read, self._loggers))  # hundreds, after every call: in C
-        if now != self._values:
-            trios = zip(self._loggers, now, self._values, strict=True)
-            found.update({logger.name: after for logger, after, before in trios if after != before})
-        return found
+        now, disable = self._now(), logging.root.manager.disable
+        if now == self._values and disable == self._clean["disable"]:
+            return self._clean
+        trios = zip(self._loggers, zip(*now, strict=True), zip(*self._values, strict=True), strict=True)
+        different = {logger.name: after for logger, after, before in trios if after != before}
+        return {**self._clean, "disable": disable, **different}
 
 
 def _may_be_replaced(name: str, value: object) -> bool:
@@ -263,9 +297,9 @@ class Attributes:
         return found
 
 
-def _contents(space: type | ModuleType) -> tuple[list[str], list[object]]:
+def _contents(space: type | ModuleType) -> list[object]:
     """What a namespace holds, quick to compare: what is the same object is not asked whether it is equal."""
-    return list(vars(space)), list(vars(space).values())
+    return list(vars(space).values())
 
 
 STANDARD = (builtins, os, time, random, warnings)

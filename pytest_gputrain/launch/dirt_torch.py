@@ -44,9 +44,10 @@ def probes() -> dict[str, dirt.Probe]:
         "function modes": torch._C._len_torch_function_stack,
         "dispatch modes": torch._C._len_torch_dispatch_stack,
         "compiled code": lambda: sys.modules["torch._dynamo.convert_frame"].FRAME_COUNTER,
-        "process group": _group,
+        "process group": dirt.Glance(_group_in_short, _group),
         "default dtype": torch.get_default_dtype,
-        "default device": torch.get_default_device,
+        # Setting one pushes a function mode.
+        "default device": dirt.Glance(torch._C._len_torch_function_stack, torch.get_default_device),
         "flags": _named(torch._C, _FLAGS),
         "autograd": _named(torch._C, _GRAD),
         "saved tensor hooks": lambda: _saved_tensor_hooks(torch),
@@ -115,6 +116,14 @@ def _attributes(torch: Any) -> dirt.Attributes:
     groups = (dist, sys.modules["torch.distributed.distributed_c10d"], dist.ProcessGroup)
     parallel = torch.nn.parallel.DistributedDataParallel
     return dirt.Attributes(*dirt.STANDARD, *spaces, *groups, parallel)
+
+
+def _group_in_short() -> object:
+    """All that ``_group`` depends on."""
+    import torch.distributed as dist
+
+    world: Any = sys.modules["torch.distributed.distributed_c10d"]._world
+    return list(world.pg_names.values()), world.default_pg, dist.get_debug_level()  # type: ignore[attr-defined]
 
 
 def _group() -> dict[str, object]:
