@@ -12,6 +12,7 @@ import itertools
 import json
 import mmap
 import os
+import struct
 import sys
 import time
 from typing import Any
@@ -21,6 +22,8 @@ from . import stacks
 FILE = "calls.ring"
 SLOTS, SLOT, GROUPS = 2000, 512, 64 << 10
 """2000 calls of at most 512 bytes behind 64 KiB for the groups' ranks; untouched pages cost nothing."""
+FIRST = struct.Struct("=Q")
+"""At the very start: the number of the first call that counts; those before it are of an earlier launch."""
 NAMES = {
     "allreduce": "all_reduce", "allreduce_coalesced": "all_reduce_coalesced", "allgather": "all_gather",
     "all_gather_base": "all_gather_into_tensor", "_allgather_base": "all_gather_into_tensor",
@@ -49,7 +52,7 @@ class _Ring:
 
     def __init__(self, path: str) -> None:
         self.pid = os.getpid()
-        self._count = itertools.count()
+        self._numbers = itertools.count()
         self._groups: dict[str, list[int]] = {}
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
@@ -69,13 +72,17 @@ class _Ring:
             )
             self._groups[name] = known
             text = json.dumps(self._groups).encode() + b"\n"
-            if len(text) <= GROUPS:
-                self._map[: len(text)] = text
+            if len(text) <= GROUPS - FIRST.size:
+                self._map[FIRST.size : FIRST.size + len(text)] = text
         return known
+
+    def start_anew(self) -> None:
+        """What is in it counts no more."""
+        FIRST.pack_into(self._map, 0, next(self._numbers) + 1)
 
     def add(self, record: dict[str, Any]) -> None:
         """Writes a record into the next slot."""
-        number = record["n"] = next(self._count)
+        number = record["n"] = next(self._numbers)
         text = json.dumps(record).encode()
         if len(text) >= SLOT:  # hundreds of tensors in one call, or a very long path
             record["sizes"], record["location"] = record["sizes"][:4], (record["location"] or "")[-200:]
@@ -97,6 +104,12 @@ def place(path: str) -> None:
     """Where this process's ring is to be."""
     global _path, _ring
     _path, _ring = path, None
+
+
+def start_anew() -> None:
+    """The calls so far were of another launch: a kept rank's ring is made once."""
+    if _ring is not None:
+        _ring.start_anew()
 
 
 def _recording(name: str, method: Any) -> Any:

@@ -65,6 +65,7 @@ class ServerHandle:
         with theirs:
             self._process = self._start(theirs.fileno(), environ)
         self.reader = wire.Reader(self.sock)
+        self._children = process.ProcFile(f"/proc/{self.pid}/task/{self.pid}/children")
         try:
             self._await_ready()
         except BaseException:  # KeyboardInterrupt while torch is being imported
@@ -135,13 +136,12 @@ class ServerHandle:
 
     def strangers(self, own: Collection[int]) -> list[int]:
         """Living processes whose parent the server is, ``own`` aside: what ranks have left to it."""
-        pid, pids = self.pid, list[int]()
-        try:
-            with open(f"/proc/{pid}/task/{pid}/children") as file:
-                pids = [int(word) for word in file.read().split()]
-        except OSError:  # a kernel without that list
+        pids = list[int]()
+        if (listed := self._children.read()) is not None:
+            pids = [int(word) for word in listed.split()]
+        else:  # a kernel without that list
             with contextlib.suppress(psutil.Error):
-                pids = [child.pid for child in psutil.Process(pid).children()]
+                pids = [child.pid for child in psutil.Process(self.pid).children()]
         return [child for child in pids if child not in own and process.is_alive(child)]
 
     def close(self, within: float = 15.0) -> None:
@@ -149,6 +149,7 @@ class ServerHandle:
         with contextlib.suppress(OSError):
             wire.send(self.sock, {"op": "dismiss"})  # else it takes this process for dead
         self.sock.close()
+        self._children.close()
         try:
             self._process.wait(within)
         except subprocess.TimeoutExpired:
@@ -157,15 +158,14 @@ class ServerHandle:
         self._stderr.close()
 
 
+def is_read_at_start(name: str) -> bool:
+    """Whether a variable of this name counts only for a process that starts."""
+    return name.startswith(_AT_START) and not name.startswith(_READ_LATER)
+
+
 def start_key(environ: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """The part of an environment that a process reads only when it starts."""
-    return tuple(
-        sorted(
-            (name, value)
-            for name, value in environ.items()
-            if name.startswith(_AT_START) and not name.startswith(_READ_LATER)
-        )
-    )
+    return tuple(sorted((name, value) for name, value in environ.items() if is_read_at_start(name)))
 
 
 _idle: list[ServerHandle] = []

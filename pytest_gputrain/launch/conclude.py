@@ -8,6 +8,7 @@ from typing import Any
 
 from ..trace import stackdumps
 from . import blame, output, scene
+from .folder import Folder
 from .records import Cause, Verdict
 from .result import LaunchResult
 from .supervise import Supervision
@@ -15,9 +16,12 @@ from .verdict import Ending, judge
 
 
 def concluded(
-    supervision: Supervision, kind: str, ending: Ending, seconds: float, folder: Path
+    supervision: Supervision, kind: str, ending: Ending, seconds: float, folder: Path, artifacts: Folder
 ) -> LaunchResult:
-    """The ranks, the verdict and its cause, and what is likely behind it."""
+    """The ranks, the verdict and its cause, and what is likely behind it.
+
+    ``folder`` is where the ranks have written; ``artifacts`` where it is to be found.
+    """
     members = supervision.members
     failures = [member.failed_at for member in members if member.failed_at is not None]
     # Only torchrun ends workers by itself, after the first of them has failed.
@@ -46,7 +50,7 @@ def concluded(
     if supervision.failed_agents and not any(member.failed for member in members):
         verdict, cause = Verdict.CRASHED, _agent_failed(supervision.failed_agents[0], agent_output)
     return LaunchResult(
-        verdict, cause, ranks, folder, seconds, supervision.leftovers, agent_output, advice=advice
+        verdict, cause, ranks, artifacts, seconds, supervision.leftovers, agent_output, advice=advice
     )
 
 

@@ -11,7 +11,7 @@ Python's back; files.
 
 from __future__ import annotations
 
-import _signal
+import _signal  # type: ignore[import-not-found]  # the C code behind signal, as old as that
 import builtins
 import contextlib
 import decimal
@@ -102,13 +102,19 @@ class Glance:
 def changed(before: object, after: object) -> str:
     """The difference in a few words."""
     if isinstance(before, dict) and isinstance(after, dict):
-        words = [f"{key} left" for key in after.keys() - before.keys()]
-        words += [f"{key} gone" for key in before.keys() - after.keys()]
-        words += [f"{key} changed" for key in before.keys() & after.keys() if before[key] != after[key]]
+        words = [f"{_text(key)} left" for key in after.keys() - before.keys()]
+        words += [f"{_text(key)} gone" for key in before.keys() - after.keys()]
+        words += [
+            f"{_text(key)} changed" for key in before.keys() & after.keys() if before[key] != after[key]
+        ]
         return ", ".join(sorted(words)[:5])
     if isinstance(before, list) and isinstance(after, list):
         return f"changed ({len(before)} entries became {len(after)})"
     return f"{before!s:.60} became {after!s:.60}"
+
+
+def _text(key: object) -> str:
+    return os.fsdecode(key) if isinstance(key, bytes) else str(key)
 
 
 def open_files() -> int:
@@ -125,7 +131,7 @@ def resident() -> int:
 def by_call() -> dict[str, Probe]:
     """State that each call has its own of."""
     return {
-        "environment": Glance(_environment, lambda: dict(os.environ)),
+        "environment": _environment,
         "working directory": os.getcwd,
         "sys.path": lambda: list(sys.path),
         "sys.argv": lambda: list(sys.argv),

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-import shutil
 import sys
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..devices.visible import VARIABLE
-from . import client, output, payload, request, sweep, warm
+from . import client, payload, request, scene, sweep, warm
 from .conclude import concluded
 from .errors import LaunchError, LaunchUsageError, ServerLost
+from .folder import Folder
 from .member import Member
 from .records import Cause, RankResult, Verdict
 from .request import LaunchDefaults
 from .result import LaunchResult
 from .supervise import Supervision
-
-_numbers = itertools.count()
 
 Trace = bool | str | Sequence[str] | Mapping[str, bool] | None
 
@@ -148,11 +143,10 @@ class Launcher:
         return {**environ, VARIABLE: ",".join(self.defaults.gpus)} if self.defaults.gpus else environ
 
     def _environ(self, environ: dict[str, str], world_size: int | None) -> dict[str, str]:
-        environ = {**environ, sweep.MARK: uuid.uuid4().hex}
         if world_size is None:
             return environ
-        if world_size > 1:  # as torchrun does: N ranks with a thread a core each would trip over each other
-            environ.setdefault("OMP_NUM_THREADS", "1")
+        # As torchrun does: N ranks with a thread a core each would trip over each other.
+        threads = {"OMP_NUM_THREADS": "1"} if world_size > 1 else {}
         # MASTER_PORT follows when the kernel has chosen one.
         shared = {
             "WORLD_SIZE": world_size,
@@ -160,46 +154,25 @@ class Launcher:
             "GROUP_RANK": 0,
             "GROUP_WORLD_SIZE": 1,
         }
-        return {**environ, **{name: str(value) for name, value in shared.items()},
+        return {**threads, **environ, **{name: str(value) for name, value in shared.items()},
                 "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
 
     def _run(self, spec: dict[str, Any], call: bytes, size: int, name: str, check: bool) -> LaunchResult:
-        temporary, folder = self._folder(name, spec["kind"])
-        spec |= {
-            "op": "launch",
-            "folder": str(folder),
-            "temporary": temporary,
-            "cwd": os.getcwd(),
-        }
-        if spec["kind"] == "script":
-            spec["torchrun"].append(f"--log-dir={folder / 'torchrun'}")
+        # On disk for scripts: torchrun keeps logs of its own there, without bound.
+        folder = Folder(self.defaults.artifacts, name, in_memory=spec["kind"] == "function")
+        spec |= {"op": "launch", "cwd": os.getcwd()}
         try:
             if spec.get("isolation") == "warm":
                 result = _warm(spec, call, size, folder)
             else:
-                result = _watched(spec, call, [Member(rank) for rank in range(size)], folder)
+                result = _fresh(spec, call, size, folder)
         except BaseException:
-            if temporary:
-                shutil.rmtree(folder, ignore_errors=True)
+            folder.discard()
             raise
         result.shared_gpu = spec.get("shared_gpu")
-        if temporary:
-            result.own_folder()
         if check and not result.passed:
             raise LaunchError(result)
         return result
-
-    def _folder(self, name: str, kind: str) -> tuple[bool, Path]:
-        """(whether it is temporary, the folder)"""
-        if self.defaults.artifacts is None:
-            prefix = f"{output.TEMPORARY}{os.getpid()}-"
-            if kind == "function":
-                return True, output.temporary_folder(prefix)
-            # On disk: torchrun keeps logs of its own there, without bound.
-            return True, Path(tempfile.mkdtemp(prefix=prefix))
-        folder = self.defaults.artifacts / f"{name}-{os.getpid()}-{next(_numbers)}"
-        folder.mkdir(parents=True)
-        return False, folder
 
 
 def _rendezvous(endpoint: str | None, node_rank: int | None) -> list[str]:
@@ -216,11 +189,15 @@ def _rendezvous(endpoint: str | None, node_rank: int | None) -> list[str]:
     return [f"--node-rank={number}", f"--master-addr={host}", f"--master-port={port}"]
 
 
-def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: Path) -> LaunchResult:
-    """The launch itself. Whatever happens, what it started is ended when this returns or raises."""
+def _fresh(spec: dict[str, Any], call: bytes, size: int, folder: Folder) -> LaunchResult:
+    """The launch by new ranks. Whatever happens, what it started is ended when this returns or raises."""
+    members, path, mark = [Member(rank) for rank in range(size)], folder.path(), sweep.mark(spec)
+    spec |= {"folder": str(path), "temporary": folder.temporary}
+    if spec["kind"] == "script":
+        spec["torchrun"].append(f"--log-dir={path / 'torchrun'}")
     # By the caller's environment: one server for launches of one rank and of many, whose threads differ.
     server = client.borrow(spec.pop("start_environ"))
-    supervision = Supervision(server, members, spec, folder)
+    supervision = Supervision(server, members, spec, path)
     in_order = False
     try:
         supervision.start(call)
@@ -230,7 +207,7 @@ def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: P
         in_order = True
     except ServerLost as error:
         lost = Cause(None, "server", str(error))
-        ranks = [member.result(folder, supervision.began, ended_after=math.inf) for member in members]
+        ranks = [member.result(path, supervision.began, ended_after=math.inf) for member in members]
         return LaunchResult(Verdict.CRASHED, lost, ranks, folder, time.monotonic() - supervision.began)
     finally:
         supervision.close()
@@ -239,11 +216,13 @@ def _watched(spec: dict[str, Any], call: bytes, members: list[Member], folder: P
             client.give_back(server)
         else:  # KeyboardInterrupt, a timeout's exception, a dead server
             server.close()
-            sweep.kill_marked(spec["environ"][sweep.MARK])
-    return concluded(supervision, spec["kind"], ending, seconds, folder)
+            sweep.kill_marked(mark)
+    result = concluded(supervision, spec["kind"], ending, seconds, path, folder)
+    scene.clear(members, path)
+    return result
 
 
-def _warm(spec: dict[str, Any], call: bytes, size: int, folder: Path) -> LaunchResult:
+def _warm(spec: dict[str, Any], call: bytes, size: int, folder: Folder) -> LaunchResult:
     """The launch by ranks that may have been there already and may stay."""
     began = time.monotonic()
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import deadlock, observe, scene, sweep
+from . import deadlock, observe, scene
 from .deadlock import Scene
 from .member import Member
 from .verdict import Ending
@@ -36,7 +36,7 @@ class Lookout:
     def __init__(self, members: Sequence[Member], spec: dict[str, Any], folder: Path) -> None:
         self.scenes: dict[int, Scene] = {}
         self._members, self._folder = members, folder
-        self._mark: str = spec["environ"][sweep.MARK]
+        self._mark: str = spec["mark"]
         self._remote = bool(spec.get("remote_nodes"))
         self._busy_wait = spec.get("device") == "cuda"  # ranks that wait on NCCL use CPU all the same
         self._next_look = 0.0

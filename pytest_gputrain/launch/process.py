@@ -127,20 +127,40 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-_STATUS = re.compile(rb"\n(State|SigPnd|ShdPnd):\s*(\S+)")
+class ProcFile:
+    """A file of ``/proc`` that is read again and again; opening it takes longer than reading it."""
+
+    def __init__(self, path: str) -> None:
+        self._fd: int | None = None
+        with suppress(OSError):
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self) -> bytes | None:
+        """What it says now; None when its process is gone, whoever has got the number since."""
+        with suppress(OSError):
+            return os.pread(self._fd, 1 << 14, 0) if self._fd is not None else None
+        return None
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        if self._fd is not None:
+            os.close(self._fd)
+        self._fd = None
 
 
-def trouble(pid: int) -> str | None:
-    """``died`` or ``stopped`` for a process that is, or will be by a signal that it has yet to take."""
-    text = b""
-    with suppress(OSError), open(f"/proc/{pid}/status", "rb", buffering=0) as file:
-        text = file.read()
-    fields = dict(_STATUS.findall(text))
-    state = fields.get(b"State", b"X")[:1]
-    pending = int(fields.get(b"SigPnd", b"0"), 16) | int(fields.get(b"ShdPnd", b"0"), 16)
-    if state in b"ZX" or pending & 1 << signal.SIGKILL - 1:
+_STATE = re.compile(rb"\nState:\s(.)")
+_PENDING = re.compile(rb"\nSigPnd:\s(\S+)\nShdPnd:\s(\S+)")
+
+
+def trouble(status: bytes | None) -> str | None:
+    """``died`` or ``stopped``, by a process's ``status``: also if it will be, by a signal yet to be taken."""
+    state, pending = _STATE.search(status or b""), _PENDING.search(status or b"")
+    if state is None or state[1] in b"ZX":
         return "died"
-    return "stopped" if state in b"Tt" or pending & 1 << signal.SIGSTOP - 1 else None
+    signals = int(pending[1], 16) | int(pending[2], 16) if pending else 0
+    if signals & 1 << signal.SIGKILL - 1:
+        return "died"
+    return "stopped" if state[1] in b"Tt" or signals & 1 << signal.SIGSTOP - 1 else None
 
 
 def catches(pid: int, number: int) -> bool:

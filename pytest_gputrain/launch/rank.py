@@ -104,7 +104,7 @@ def tracing(spec: Mapping[str, Any], rank: int) -> contextlib.AbstractContextMan
     """What the launch asked to trace, around the user's code; written into the rank's folder."""
     # Half of what ends the launch, so that the dump is there when it does.
     seconds = min(spec["stall"], spec["timeout"]) / 2
-    folder = Path(spec["folder"]) / f"rank{rank}"
+    folder = Path(spec.get("traces") or spec["folder"]) / f"rank{rank}"
     return installed(spec.get("trace"), folder, rank, watchdog_seconds=seconds)
 
 

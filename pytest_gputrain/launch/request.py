@@ -17,6 +17,7 @@ from ..devices.sharing import gpus_to_share, label
 from ..devices.shortage import count, describe_found
 from ..devices.visible import visible_gpus
 from ..trace import switches
+from . import surroundings
 from .errors import LaunchUsageError, TooFewGpus, UnsupportedPlatform
 
 DEVICES = ("cpu", "cuda")
@@ -118,7 +119,7 @@ def enough_gpus(ranks: int, environ: Mapping[str, str]) -> None:
 
 def environment(given: object) -> dict[str, str]:
     """The environment of the ranks: this process's own, with ``env`` on top; None removes a variable."""
-    environ = dict(os.environ)
+    environ = surroundings.own()
     if given is None:
         return environ
     if not isinstance(given, Mapping):

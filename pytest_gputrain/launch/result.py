@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from . import output
+from .folder import Folder
 from .records import Cause, RankResult, Verdict
 
 _OUTPUT_LINES = 20
@@ -30,8 +29,7 @@ _LIKELY = {
 class LaunchResult:
     """A finished launch. Nothing that it started is running any more.
 
-    ``artifacts`` is the folder with each rank's ``stdout.log``, ``stderr.log`` and ``stacks.txt``; it lives
-    at least as long as this object. ``seconds`` runs from the fork of the first rank to the verdict.
+    ``seconds`` runs from the fork of the first rank to the verdict.
     ``exit_code`` is what torchrun would have returned (scripts) or 0 and 1 (functions). ``shared_gpu`` says
     so where ranks shared GPUs: no figure of such a launch counts as one of several GPUs. ``recycled`` says
     why the ranks of a warm launch were ended; None if they were kept for the next one.
@@ -40,7 +38,7 @@ class LaunchResult:
     verdict: Verdict
     cause: Cause | None
     ranks: list[RankResult]
-    artifacts: Path
+    folder: Folder
     seconds: float
     leftovers: list[str] = field(default_factory=list)
     agent_output: str = ""
@@ -48,9 +46,18 @@ class LaunchResult:
     shared_gpu: str | None = None
     recycled: str | None = None
 
-    def own_folder(self) -> None:
-        """Removes ``artifacts`` when this object is collected, at the latest when the process exits."""
-        weakref.finalize(self, shutil.rmtree, self.artifacts, ignore_errors=True)
+    @property
+    def artifacts(self) -> Path:
+        """The folder with each rank's ``stdout.log``, ``stderr.log`` and ``stacks.txt``.
+
+        It lives at least as long as this object. Of a warm launch that passed and printed nothing it is made
+        when it is asked for.
+        """
+        return self.folder.path()
+
+    @artifacts.setter
+    def artifacts(self, path: Path) -> None:
+        self.folder = Folder.at(path)
 
     @property
     def values(self) -> list[Any]:

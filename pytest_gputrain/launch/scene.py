@@ -86,9 +86,11 @@ def read_ring(path: Path) -> Records:
         data = path.read_bytes()
     except OSError:
         return []
-    groups = _json(data[: calls.GROUPS].split(b"\n", 1)[0].strip(b"\0")) or {}
+    first = calls.FIRST.unpack_from(data)[0] if data else 0
+    groups = _json(data[calls.FIRST.size : calls.GROUPS].split(b"\n", 1)[0].strip(b"\0")) or {}
     slots = (data[start : start + calls.SLOT] for start in range(calls.GROUPS, len(data), calls.SLOT))
     found = [record for slot in slots if slot[:1] == b"{" and (record := _json(slot.rstrip()))]
+    found = [record for record in found if record["n"] >= first]
     found.sort(key=lambda record: record.pop("n"))
     for record in found:
         record.setdefault("ranks", groups.get(record["group"], []))
@@ -194,15 +196,18 @@ def source_of(location: str | None) -> str:
 
 
 def keep(members: Sequence[Member], folder: Path, *, passed: bool) -> None:
-    """Leaves the records of a launch that ended badly among its artifacts, and no ring behind."""
+    """Leaves the records of a launch that ended badly among its artifacts."""
     for member in members:
-        path = folder / f"rank{member.rank}"
-        with contextlib.suppress(OSError):
-            (path / calls.FILE).unlink()
-        with contextlib.suppress(OSError):
-            (path / recorder.LAST).unlink()
         if member.records and not passed:
-            write(path / RECORDS, member.records)
+            write(folder / f"rank{member.rank}" / RECORDS, member.records)
+
+
+def clear(members: Sequence[Member], folder: Path) -> None:
+    """Removes what ranks wrote for those alone who looked at them."""
+    for member in members:
+        for name in (calls.FILE, recorder.LAST):
+            with contextlib.suppress(OSError):
+                (folder / f"rank{member.rank}" / name).unlink()
 
 
 def write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:

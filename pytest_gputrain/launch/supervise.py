@@ -29,14 +29,19 @@ class Supervision:
     """One launch, seen from the process that asked for it."""
 
     def __init__(
-        self, server: ServerHandle, members: list[Member], spec: dict[str, Any], folder: Path
+        self,
+        server: ServerHandle,
+        members: list[Member],
+        spec: dict[str, Any],
+        folder: Path,
+        selector: selectors.BaseSelector | None = None,
     ) -> None:
         self.members = members
         self.leftovers: list[str] = []
         self.agent_exits: list[dict[str, Any]] = []
         self.failed_agents: list[dict[str, Any]] = []
         self.server, self._spec, self._folder = server, spec, folder
-        self._selector = selectors.DefaultSelector()
+        self._selector = selector or selectors.DefaultSelector()
         self._agents: dict[int, socket.socket] = {}
         self._agent_pids: list[int] = []
         self._exited_pids: set[int] = set()

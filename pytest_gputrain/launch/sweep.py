@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import uuid
 from contextlib import suppress
+from typing import Any
 
 import psutil
 
 MARK = "GPUTRAIN_LAUNCH"
 """Environment variable with the launch's own random id; every rank and what it starts inherits it."""
+
+
+def mark(spec: dict[str, Any]) -> str:
+    """Gives a launch an id, which its ranks have in their environment."""
+    spec["mark"] = uuid.uuid4().hex
+    spec["environ"] = {**spec["environ"], MARK: spec["mark"]}
+    return str(spec["mark"])
 
 
 def kill_marked(mark: str) -> None:

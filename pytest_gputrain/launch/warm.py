@@ -10,20 +10,20 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from . import client, sweep
-from .client import ServerHandle
 from .conclude import concluded
+from .folder import Folder
 from .member import Member
 from .result import LaunchResult
+from .surroundings import Remembered
+from .warm_folder import WarmFolder
+from .warm_ranks import WarmRanks
 from .warm_watch import Stale, WarmSupervision
 
 MOST_IDLE_RANKS = 16
@@ -35,35 +35,6 @@ _READ_AT_START = (
     "TORCH", "PYTORCH", "NCCL_", "GLOO_", "CUDA_", "NVIDIA_", "UCX_", "FI_", "TZ", "LANG", "LC_",
 )  # fmt: skip
 """Variables that only a new process, a new CUDA context or a new process group reads (see client, too)."""
-
-
-@dataclass(frozen=True)
-class WarmRanks:
-    """Ranks that wait for a call, and the server they descend from."""
-
-    key: Hashable
-    device: str
-    server: ServerHandle
-    mark: str
-    socks: list[socket.socket]
-    pids: list[int]
-
-    def members(self) -> list[Member]:
-        """These ranks as a call sees them."""
-        members = [Member(rank, sock) for rank, sock in enumerate(self.socks)]
-        for member, pid in zip(members, self.pids, strict=True):
-            member.pid = pid
-        return members
-
-    def end(self) -> None:
-        """Ends the ranks, whatever they do. Their server goes on to serve other launches, if it can."""
-        for sock in self.socks:
-            sock.close()
-        if self.server.end_launch():
-            client.give_back(self.server)
-            return
-        self.server.close()
-        sweep.kill_marked(self.mark)
 
 
 class WarmPool:
@@ -117,32 +88,42 @@ class WarmPool:
 POOL = WarmPool()
 
 
+def _is_read_at_start(name: str) -> bool:
+    return name.startswith(_READ_AT_START) or client.is_read_at_start(name)
+
+
+@Remembered.by(_is_read_at_start)
+def _start_key(environ: Mapping[str, str]) -> Hashable:
+    read = tuple(sorted(item for item in environ.items() if item[0].startswith(_READ_AT_START)))
+    return client.start_key(environ), read
+
+
 def key_of(spec: dict[str, Any]) -> Hashable:
     """What ranks must have in common with a launch to serve it: all that they read when they started.
 
     The search path for modules too: a name that was imported must mean the same module.
     """
-    environ = spec["environ"]
-    read = tuple(sorted(item for item in environ.items() if item[0].startswith(_READ_AT_START)))
-    start = client.start_key(environ)
-    return spec["world_size"], spec["device"], spec["backend"], start, read, tuple(spec["sys_path"])
+    start = _start_key(spec["environ"])
+    return spec["world_size"], spec["device"], spec["backend"], start, tuple(spec["sys_path"])
 
 
-def watched(spec: dict[str, Any], call: bytes, folder: Path) -> LaunchResult:
+def watched(spec: dict[str, Any], call: bytes, folder: Folder) -> LaunchResult:
     """One warm launch. Whatever happens, nothing of it runs afterwards but clean, idle ranks.
 
     Raises ServerLost when the fork server died during it.
     """
     start_environ = spec.pop("start_environ")
     key = key_of(spec)
-    supervision = _resumed(key, spec, call, folder) or _started(start_environ, spec, call, folder)
-    server, mark = supervision.server, spec["environ"][sweep.MARK]
+    # Tracers write to the launch's own folder, by name; nothing else is written by default.
+    spec["traces"] = str(folder.path()) if spec["trace"] is not None else None
+    supervision = _resumed(key, spec, call) or _started(key, start_environ, spec, call)
+    ranks = supervision.ranks
     in_order = False
     try:
         ending = supervision.watch()
         seconds = time.monotonic() - supervision.began
         supervision.end(ending)
-        result = concluded(supervision, "function", ending, seconds, folder)
+        result = concluded(supervision, "function", ending, seconds, ranks.folder.path, folder)
         if not result.passed:
             reason = f"{result.verdict}: {result.cause}"
             if supervision.kept:
@@ -152,58 +133,65 @@ def watched(spec: dict[str, Any], call: bytes, folder: Path) -> LaunchResult:
     finally:
         supervision.close()
         if not in_order:  # KeyboardInterrupt, a timeout's exception, a dead server
-            server.close()
-            sweep.kill_marked(mark)
-    _hand_back(supervision, key, spec["device"], mark)
+            ranks.abandon(folder)
+    _hand_back(supervision, result)
     result.recycled = supervision.recycled
     return result
 
 
-def _hand_back(supervision: WarmSupervision, key: Hashable, device: str, mark: str) -> None:
-    if supervision.recycled is None:
-        pids = [member.pid or 0 for member in supervision.members]
-        POOL.put(WarmRanks(key, device, supervision.server, mark, supervision.sockets(), pids))
-    else:
+def _hand_back(supervision: WarmSupervision, result: LaunchResult) -> None:
+    """The files to the result, and the ranks, if they stay, to the pool."""
+    ranks = supervision.ranks
+    if supervision.recycled is not None:
         POOL.recycled.append(supervision.recycled)
-        supervision.server.preload((supervision.members[0].report or {}).get("imported", []))
-        client.give_back(supervision.server)
+        ranks.close()
+        ranks.server.preload((supervision.members[0].report or {}).get("imported", []))
+        client.give_back(ranks.server)
+        ranks.folder.hand_over(result.folder)
+        return
+    ranks.keep(supervision.members, supervision.told)
+    try:
+        ranks.folder.hand_out(result.folder, printed=any(rank.output for rank in result.ranks))
+    except BaseException:  # a full disk
+        ranks.end()
+        raise
+    POOL.put(ranks)
 
 
-def _resumed(key: Hashable, spec: dict[str, Any], call: bytes, folder: Path) -> WarmSupervision | None:
+def _resumed(key: Hashable, spec: dict[str, Any], call: bytes) -> WarmSupervision | None:
     """The call in the hands of idle ranks, or None if there are none that can take it."""
     while (ranks := POOL.take(key)) is not None:
         # One mark for all calls: it is in the ranks' environment as the kernel shows it.
-        mine = {**spec, "environ": {**spec["environ"], sweep.MARK: ranks.mark}}
-        supervision = WarmSupervision(ranks.server, ranks.members(), mine, folder)
+        supervision = WarmSupervision(ranks, ranks.members(), {**spec, "mark": ranks.mark})
         try:
             supervision.hand_over(call)
         except Stale as stale:
             POOL.recycled.append(str(stale))
-            supervision.close()
             ranks.end()
         except BaseException:  # KeyboardInterrupt
-            supervision.close()
             ranks.end()
             raise
         else:
-            spec["environ"] = mine["environ"]
             return supervision
     return None
 
 
 def _started(
-    start_environ: dict[str, str], spec: dict[str, Any], call: bytes, folder: Path
+    key: Hashable, start_environ: dict[str, str], spec: dict[str, Any], call: bytes
 ) -> WarmSupervision:
     """The call in the hands of new ranks."""
     server = client.borrow(start_environ)
-    members = [Member(rank) for rank in range(spec["world_size"])]
-    supervision = WarmSupervision(server, members, {**spec, "group_timeout": GROUP_TIMEOUT}, folder)
+    folder = WarmFolder(spec["world_size"])
+    own = {"folder": str(folder.path), "temporary": True, "group_timeout": GROUP_TIMEOUT}
+    marked = {**spec, **own}
+    ranks = WarmRanks(key, spec["device"], server, sweep.mark(marked), folder)
+    supervision = WarmSupervision(ranks, [Member(rank) for rank in range(spec["world_size"])], marked)
+    supervision.told = spec
     try:
         supervision.start(call)
     except BaseException:
         supervision.close()
-        server.close()
-        sweep.kill_marked(spec["environ"][sweep.MARK])
+        ranks.abandon(None)
         raise
     return supervision
 

@@ -7,6 +7,7 @@ the end of its socket and leaves.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import gc
 import os
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import dirt, dirt_torch, output, payload, rank, recorder, sweep
+from . import calls, dirt, dirt_torch, output, payload, rank, recorder, sweep
 
 
 def run(
@@ -42,6 +43,10 @@ def run(
     os._exit(0)
 
 
+_OWN = ("RANK", "LOCAL_RANK", "MASTER_PORT", sweep.MARK)
+"""Variables that a rank has of its own, whatever the launching process has under these names."""
+
+
 class _Kept:
     """What a rank keeps between calls."""
 
@@ -49,7 +54,8 @@ class _Kept:
         self, link: rank.Link, spec: Mapping[str, Any], number: int, streams: Mapping[str, int]
     ) -> None:
         self._link, self._spec, self._number, self._streams = link, spec, number, streams
-        self._port = os.environ["MASTER_PORT"]
+        self._folder = Path(spec["folder"]) / f"rank{number}"
+        self._files = {name: _identity(os.fstat(fd)) for name, fd in streams.items()}
         self._modules, self._num_modules = frozenset(sys.modules), len(sys.modules)
         self._traffic = dirt_torch.Traffic()
         gc.collect()
@@ -65,18 +71,34 @@ class _Kept:
             self._prepare(header)
             self._run(body)
 
-    def _prepare(self, header: Mapping[str, Any]) -> None:
-        """Everything that a new process would get from its parent."""
-        self._spec = header
-        folder = Path(header["folder"]) / f"rank{self._number}"
-        point_at(folder, self._streams)
-        own = {"RANK": str(self._number), "LOCAL_RANK": str(self._number), "MASTER_PORT": self._port}
-        _set_environment({**header["environ"], **own})
-        recorder.place(str(folder), header["environ"][sweep.MARK], self._number)
-        sys.path[:], sys.argv[:] = header["sys_path"], header["argv"]
-        os.chdir(header["cwd"])
+    def _prepare(self, news: Mapping[str, Any]) -> None:
+        """Everything that a new process would get from its parent; ``news`` is what has changed of it."""
+        self._spec = {**self._spec, **news}
+        self._empty_files()
+        calls.start_anew()
+        for name, value in news.get("environ", {}).items():
+            if value is None and name not in _OWN:
+                os.environ.pop(name, None)
+            elif name not in _OWN:
+                os.environ[name] = value
+        if "sys_path" in news:
+            sys.path[:] = news["sys_path"]
+        if "argv" in news:
+            sys.argv[:] = news["argv"]
+        os.chdir(self._spec["cwd"])  # also if the name is the same: it may be another folder
         tempfile.tempdir = None  # it follows TMPDIR
         self.baseline.begin()
+
+    def _empty_files(self) -> None:
+        """What came after the last call's report was nobody's."""
+        for name, fd in self._streams.items():
+            status = None
+            with contextlib.suppress(OSError):
+                status = os.fstat(fd)
+            if status is None or _identity(status) != self._files[name]:
+                self._files[name] = _reopened(self._folder / name, fd)
+            elif status.st_size:
+                os.ftruncate(fd, 0)
 
     def _run(self, call: bytes) -> None:
         try:
@@ -91,7 +113,7 @@ class _Kept:
             rank.flush()
             state, details = rank.describe(error)
             self._link.report(state, getattr(error, rank.ATTACHED, b""), **details)
-        self._rest()
+        dirt_torch.renew()  # what takes time is done now
 
     def _call(self, call: bytes) -> tuple[object, str | None]:
         target, args, kwargs = payload.unpack_call(call)
@@ -111,29 +133,14 @@ class _Kept:
         found = self._traffic.dirt() + self.baseline.dirt()
         return found + dirt_torch.gpu_dirt(self._gpu_memory)
 
-    def _rest(self) -> None:
-        """Between calls nothing is written to the folder of the last one. What takes time is done now."""
-        dirt_torch.renew()
-        devnull = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        for fd in self._streams.values():
-            os.dup2(devnull, fd, inheritable=fd < 3)
-        os.close(devnull)
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
-def point_at(folder: Path, streams: Mapping[str, int]) -> None:
-    """Has a rank's descriptors write to files in ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, number in streams.items():
-        fd = os.open(f"{folder}/{name}", output.FLAGS, 0o644)
-        os.dup2(fd, number, inheritable=number < 3)
-        os.close(fd)
-
-
-def _set_environment(wanted: Mapping[str, str]) -> None:
-    """Makes the environment ``wanted``, touching only what differs."""
-    now = dict(os.environ)
-    for name in now.keys() - wanted.keys():
-        del os.environ[name]
-    for name, value in wanted.items():
-        if now.get(name) != value:
-            os.environ[name] = value
+def _reopened(path: Path, number: int) -> tuple[int, int]:
+    """Has a descriptor, which a function has closed or put to other use, write to its file again."""
+    fd = os.open(path, output.FLAGS | os.O_TRUNC, 0o644)
+    os.dup2(fd, number, inheritable=number < 3)
+    os.close(fd)
+    return _identity(os.fstat(number))

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import selectors
-import socket
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from . import process, wire
-from .client import ServerHandle
+from . import surroundings, wire
 from .member import Member
 from .supervise import Supervision
 from .verdict import Ending
+from .warm_ranks import WarmRanks
 
 SEND_DEADLINE = 30.0
 """Seconds for an idle rank to take a call."""
 
 
-_OF_THE_CALL = ("folder", "environ", "sys_path", "argv", "cwd", "trace", "timeout", "stall")
-"""What a rank is told with each call; the rest of a launch it knows since it was started."""
+_OF_THE_CALL = ("sys_path", "argv", "cwd", "trace", "traces", "timeout", "stall")
+"""What a rank is told with a call, if it is not what it was told last, besides changes of the environment."""
 
 
 class Stale(Exception):
@@ -31,10 +29,11 @@ class Stale(Exception):
 class WarmSupervision(Supervision):
     """One call: given to idle ranks by ``hand_over``, or to new ones by ``start``."""
 
-    def __init__(
-        self, server: ServerHandle, members: list[Member], spec: dict[str, Any], folder: Path
-    ) -> None:
-        super().__init__(server, members, spec, folder)
+    def __init__(self, ranks: WarmRanks, members: list[Member], spec: dict[str, Any]) -> None:
+        super().__init__(ranks.server, members, spec, ranks.folder.path, ranks.selector)
+        self.ranks = ranks
+        self.told: Mapping[str, Any] = spec
+        """What the ranks know once they have this call."""
         self.recycled: str | None = None
 
     @property
@@ -44,20 +43,25 @@ class WarmSupervision(Supervision):
 
     def hand_over(self, call: bytes) -> None:
         """Gives the call to ranks that wait for one. Raises Stale as long as none of them has it."""
-        self._look_for_dead()
-        request = {name: self._spec[name] for name in _OF_THE_CALL}
-        self._selector.register(self.server.sock, selectors.EVENT_READ, None)
+        if (trouble := self.ranks.trouble()) is not None:
+            raise Stale(trouble)
+        request = self._news()
         self.began = self._last_news = self._last_sample = time.monotonic()
         self._forked = True
         try:
-            if self._spec["temporary"]:
-                wire.send(self.server.sock, {"op": "temporary", "folder": self._spec["folder"]})
             self._send(self.members[0], request, call)
         except OSError:
             raise Stale("the ranks died while idle") from None
         for member in self.members[1:]:
             with contextlib.suppress(OSError):  # from here on, what goes wrong is the call's
                 self._send(member, request, call)
+
+    def _news(self) -> dict[str, Any]:
+        known = self.ranks.told
+        news = {name: self._spec[name] for name in _OF_THE_CALL if self._spec[name] != known[name]}
+        if change := surroundings.change(self._spec["environ"], known["environ"]):
+            news["environ"] = change
+        return news
 
     def _send(self, member: Member, request: dict[str, Any], call: bytes) -> None:
         assert member.sock is not None
@@ -66,15 +70,8 @@ class WarmSupervision(Supervision):
         try:
             wire.send(member.sock, request, call)
         finally:
-            self._watch(member.sock, member)
-
-    def _look_for_dead(self) -> None:
-        """Raises Stale for processes that have died or are about to: a signal on its way counts."""
-        if (state := process.trouble(self.server.pid)) is not None:
-            raise Stale(f"the process that forked the ranks {state} while idle")
-        for member in self.members:
-            if (state := process.trouble(member.pid or 0)) is not None:
-                raise Stale(f"rank {member.rank} (pid {member.pid}) {state} while idle")
+            member.sock.setblocking(False)
+            self._selector.modify(member.sock, selectors.EVENT_READ, member)
 
     # -- the end ------------------------------------------------------------------------------------
 
@@ -107,15 +104,9 @@ class WarmSupervision(Supervision):
         return None
 
     def close(self) -> None:
-        """Closes this side of every socket; those of ranks that stay are left open."""
-        if self.kept:
-            self._selector.close()
-        else:
+        """Closes this side of every socket, unless the ranks stay."""
+        if not self.kept:
             super().close()
-
-    def sockets(self) -> list[socket.socket]:
-        """The ranks' sockets, by rank."""
-        return [member.sock for member in self.members if member.sock is not None]
 
 
 def between(figures: Sequence[Mapping[str, int]]) -> list[str]:

@@ -38,9 +38,9 @@ class _Section(NamedTuple):
 class _Launch(NamedTuple):
     """What a report needs of a launch: not the launch itself, which may hold tensors and a folder."""
 
+    number: int
     failed: bool
-    folder: Path
-    kept: bool
+    artifacts: Path | None
     sections: tuple[_Section, ...]
 
 
@@ -57,7 +57,7 @@ def add_rank_sections(
     ``junit_logging`` work. Under ``-s`` the text goes to the terminal instead, a mark before each line.
     """
     launches = item.stash.get(_LAUNCHES, deque())
-    for noted in [launch for launch in launches if launch.folder == result.artifacts]:
+    for noted in [launch for launch in launches if launch.number == result.folder.number]:
         launches.remove(noted)
     if item.config.getoption("capture") != "no":
         for section in _sections(result):
@@ -77,7 +77,8 @@ def note_launch(item: pytest.Item, result: LaunchResult, *, kept: bool) -> None:
 
     failed = result.verdict not in (Verdict.PASSED, Verdict.SKIPPED)
     launches = item.stash.setdefault(_LAUNCHES, deque(maxlen=_MOST_LAUNCHES))
-    launches.append(_Launch(failed, result.artifacts, kept, tuple(_sections(result))))
+    artifacts = result.artifacts if failed and kept else None
+    launches.append(_Launch(result.folder.number, failed, artifacts, tuple(_sections(result))))
 
 
 def complete(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
@@ -105,8 +106,8 @@ def _taken(item: pytest.Item, when: str, test_failed: bool) -> list[_Section]:
     launches = item.stash.get(_LAUNCHES, deque())
     relevant = [launch for launch in launches if launch.failed or test_failed]
     for launch in relevant:
-        if launch.failed and launch.kept:
-            properties.add(item, properties.ARTIFACTS, launch.folder)
+        if launch.artifacts is not None:
+            properties.add(item, properties.ARTIFACTS, launch.artifacts)
     if relevant or when != "setup":  # what a fixture launched may yet be asked for by the test's own report
         launches.clear()
     return _bounded(relevant)
