@@ -149,8 +149,8 @@ class Member:
 
     @staticmethod
     def _stream(path: Path) -> str:
-        text = output.read(path)
-        output.compact(path, text)
+        if text := output.read(path):
+            output.compact(path, text)
         return text
 
 

@@ -170,13 +170,14 @@ class Supervision:
         """Takes all that a rank (or agent) has sent so far."""
         sock = member.sock
         assert sock is not None and member.reader is not None
-        before = -1
-        while before != member.reader.received:
+        got = wire.CHUNK
+        while got == wire.CHUNK:  # less was all there was
             before = member.reader.received
             if not member.reader.read():
                 with contextlib.suppress(KeyError, ValueError):
                     self._selector.unregister(sock)
                 break
+            got = member.reader.received - before
         for header, body in member.reader.frames():
             self._rank_event(member, header, body)
 

@@ -57,6 +57,7 @@ class _Kept:
         self._folder = Path(spec["folder"]) / f"rank{number}"
         self._files = {name: _identity(os.fstat(fd)) for name, fd in streams.items()}
         self._modules, self._num_modules = frozenset(sys.modules), len(sys.modules)
+        self._new_modules: list[str] = []
         self._traffic = dirt_torch.Traffic()
         gc.collect()
         gc.freeze()  # so that a collection after each call looks at what the call made, and takes 0.1 ms
@@ -122,9 +123,10 @@ class _Kept:
 
     def _imported(self) -> list[str]:
         """What the ranks that come after these, should these be ended, need not import again."""
-        if self._number or len(sys.modules) == self._num_modules:
-            return []
-        return rank.imported_since(self._modules)
+        if not self._number and len(sys.modules) != self._num_modules:
+            self._num_modules = len(sys.modules)
+            self._new_modules = rank.imported_since(self._modules)
+        return self._new_modules
 
     def _dirt(self) -> list[str]:
         # What waits for a collection (a generator, a pool) would act in somebody else's call. What the call

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 _LENGTHS = struct.Struct("!IQ")
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
+"""Bytes that are sent, and at most received, in one go."""
 
 Header = dict[str, Any]
 Frame = tuple[Header, bytes]
@@ -23,7 +24,7 @@ def send(sock: socket.socket, header: Header, body: bytes = b"", fds: Sequence[i
     """Sends one frame and blocks until it is in the kernel. Raises OSError when the other side is gone."""
     head = json.dumps(header).encode()
     first = _LENGTHS.pack(len(head), len(body)) + head
-    if len(body) <= _CHUNK:  # in one piece: each wakes the other side
+    if len(body) <= CHUNK:  # in one piece: each wakes the other side
         first, body = first + body, b""
     if fds:
         sent = socket.send_fds(sock, [first], list(fds))
@@ -46,10 +47,10 @@ class Reader:
         """Takes what is there (blocks if the socket blocks). False at the end of the stream."""
         try:
             if max_fds:
-                data, fds, _, _ = socket.recv_fds(self.sock, _CHUNK, max_fds)
+                data, fds, _, _ = socket.recv_fds(self.sock, CHUNK, max_fds)
                 self.fds.extend(fds)
             else:
-                data = self.sock.recv(_CHUNK)
+                data = self.sock.recv(CHUNK)
         except BlockingIOError:
             return True
         except ConnectionError:
