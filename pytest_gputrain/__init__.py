@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from pytest_gputrain.launch import Cause, LaunchError, LaunchResult, Verdict
     from pytest_gputrain.launch.launcher import launch
     from pytest_gputrain.memory.errors import OutOfMemory
+    from pytest_gputrain.memory.predict import predict_maximum, predict_peak_memory
 
     distributed: pytest.MarkDecorator
     requires_gpus: pytest.MarkDecorator
@@ -73,6 +74,8 @@ _LAZY = {
     "AccumulationPlan": "batch.accumulation",
     "plan_accumulation": "batch.accumulation",
     "Verdict": "launch",
+    "predict_maximum": "memory.predict",
+    "predict_peak_memory": "memory.predict",
 }
 _ROOMS = ("launch",)
 _MARKERS = ("distributed", "requires_gpus", "stability")
@@ -100,6 +103,8 @@ __all__ = [
     "oom_guard",
     "parametrize_with_checks",
     "plan_accumulation",
+    "predict_maximum",
+    "predict_peak_memory",
     "pytest_addoption",
     "pytest_collection_modifyitems",
     "pytest_configure",

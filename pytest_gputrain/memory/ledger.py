@@ -74,6 +74,11 @@ class Ledger:
             self._peak_clock = self._clock
             self._freed_since.clear()
 
+    def reset_peak(self) -> None:
+        """From now on the peak is what is in use now, or what will be more."""
+        self.peak, self._peak_clock = self.in_use, self._clock
+        self._freed_since.clear()
+
     def at_peak(self) -> Iterator[Record]:
         """What was alive when most was in use."""
         yield from (record for record in self.records.values() if record.born <= self._peak_clock)
