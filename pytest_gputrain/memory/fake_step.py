@@ -18,7 +18,7 @@ from pytest_gputrain.memory import as_cuda, categories
 from pytest_gputrain.memory.fake_manners import FakeManners
 from pytest_gputrain.memory.fake_seam import DispatchMode, as_fake, conversions, fake_mode, is_fake
 from pytest_gputrain.memory.fake_values import Unanswerable, Values
-from pytest_gputrain.memory.ledger import Ledger
+from pytest_gputrain.memory.ledger import Ledger, Record
 from pytest_gputrain.memory.lines import location, raising_lines
 from pytest_gputrain.memory.no_trace import leaving_no_trace
 from pytest_gputrain.memory.owners import Owners
@@ -44,6 +44,22 @@ class Peak:
     update: int
 
 
+class _Blocks(Ledger):
+    """Books of an allocator that hands out multiples of ``granularity`` bytes."""
+
+    def __init__(self, granularity: int) -> None:
+        super().__init__()
+        self._granularity = granularity
+
+    def charge(self, storage: Any, tensor: Any, category: str, op: Any = None) -> Record:
+        record = super().charge(storage, tensor, category, op)
+        self.resize(record, record.num_bytes)
+        return record
+
+    def resize(self, record: Record, num_bytes: int) -> None:
+        super().resize(record, -(-num_bytes // self._granularity) * self._granularity)
+
+
 class _Accounting(DispatchMode):  # type: ignore[misc]
     """Charges every storage that an operation makes."""
 
@@ -55,7 +71,7 @@ class _Accounting(DispatchMode):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self.values.run(func, args, kwargs or {})
-        self._charge(out, args)
+        self._charge(out, categories.OTHER if self.owners.stepping else categories.ACTIVATIONS)
         if not _is_accumulated(func):
             self.ledger.settle()
         return out
@@ -64,18 +80,18 @@ class _Accounting(DispatchMode):  # type: ignore[misc]
         """What is in the books, or not yet, is for this from now on."""
         self._record(tensor, category).category = category
 
-    def _charge(self, tree: Any, args: Any) -> None:
+    def _charge(self, tree: Any, category: str) -> None:
         for one in tree if isinstance(tree, tuple | list) else (tree,):
             if isinstance(one, torch.Tensor):
-                self._record(one, None, args)
+                self._record(one, category)
             elif isinstance(one, tuple | list):
-                self._charge(one, args)
+                self._charge(one, category)
 
-    def _record(self, tensor: Any, category: str | None, args: Any = ()) -> Any:
+    def _record(self, tensor: Any, category: str) -> Record:
         storage = tensor.untyped_storage()
         record = self.ledger.records.get(storage._cdata)
         if record is None:
-            return self.ledger.charge(storage, tensor, category or self.owners.category_of_result(args))
+            return self.ledger.charge(storage, tensor, category)
         if record.num_bytes < storage.nbytes():
             self.ledger.resize(record, storage.nbytes())
         return record
@@ -111,7 +127,7 @@ class FakeTraining:
     def __enter__(self) -> FakeTraining:
         self._mode = fake_mode()
         self.values = Values(self._mode)
-        self.ledger = Ledger(as_cuda.GRANULARITY if self.like == "cuda" else 1)
+        self.ledger = _Blocks(as_cuda.GRANULARITY if self.like == "cuda" else 1)
         self._manners = FakeManners(self.values)
         self._accounting = _Accounting(self.ledger, self.values)
         with self._stack:
