@@ -83,6 +83,12 @@ def file(text: str) -> Path:
     return path
 
 
+def positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a whole number of 1 or more")
+    return int(text)
+
+
 def ranks(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 2:  # data parallel with one rank would prove nothing
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a number of ranks from 2 up")

@@ -1,0 +1,117 @@
+"""``gputrain branches plan``: the table, exit codes, bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pytest_gputrain.cli import main
+from pytest_gputrain.sweep import read_manifest
+
+ASKED = [
+    *("branches", "plan", "--base-batch", "8", "--base-lr", "3e-4"),
+    *("--block-size", "128", "--tokens", "100000", "--max-device-batch", "32"),
+]
+
+
+def code_of(arguments: list[str]) -> int:
+    """What the process would exit with: argparse leaves by SystemExit."""
+    try:
+        return main(arguments)
+    except SystemExit as left:
+        return int(left.code or 0)
+
+
+def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "configs"
+    assert code_of([*ASKED, "--k", "1", "2", "4", "8", "16", "32", "--out", str(out)]) == 0
+    assert capsys.readouterr() == (
+        f"""\
+ k  target batch  micro-batch  accumulation  effective         rate  steps  last step  tokens
+ 1             8            8             1          8       0.0003     98          5  99,968
+ 2            16           16             1         16  0.000424264     49         13  99,968
+ 4            32           32             1         32       0.0006     25         13  99,968
+ 8            64           32             2         64  0.000848528     13         13  99,968
+16           128           32             4        128       0.0012      7         13  99,968
+32           256           32             8        256   0.00169706      4         13  99,968
+every branch sees 99,968 tokens: 781 sequences of 128; of the 100,000 asked for, 32 make no whole one
+6 configurations and manifest.json are in {out}
+""",
+        "",
+    )
+    assert [branch.k for branch in read_manifest(out)] == [1, 2, 4, 8, 16, 32]
+
+
+def test_without_a_folder_the_table_is_all(capsys: pytest.CaptureFixture[str]) -> None:
+    ragged = ["--base-batch", "194", "--max-device-batch", "16", "--world-size", "2", "--tokens", "1e5"]
+    assert code_of([*ASKED, "--k", "1", *ragged, "--lr-scaling", "none"]) == 0
+    head, row, budget = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in row.split("  ") if cell.strip()]
+    assert cells == ["1", "194", "14 (last 13)", "7", "194", "0.0003", "5", "4", "99,840"]
+    assert head.split()[-1] == "tokens"
+    assert budget == (
+        "every branch sees 99,840 tokens: 780 sequences of 128; of the 100,000 asked for, 160 make no whole "
+        "one, the same number on each of 2 ranks"
+    )
+
+
+def test_a_budget_that_comes_out_even(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of([*ASKED, "--k", "1", "--tokens", "10240"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "every branch sees 10,240 tokens: 80 sequences of 128"
+
+
+ARGUMENT = "argument {}: {!r} is not legal; give "
+WHOLE = "a whole number of 1 or more"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--k", "0"], ARGUMENT.format("--k", "0") + WHOLE),
+        (["--k", "2", "-4"], ARGUMENT.format("--k", "-4") + WHOLE),
+        (["--k", "1.5"], ARGUMENT.format("--k", "1.5") + WHOLE),
+        (["--k", "2", "2"], "k 2 is given twice; give each k once"),
+        (["--k", "1", "--base-batch", "0"], ARGUMENT.format("--base-batch", "0") + WHOLE),
+        (["--k", "1", "--block-size", "0"], ARGUMENT.format("--block-size", "0") + WHOLE),
+        (["--k", "1", "--base-lr", "inf"], ARGUMENT.format("--base-lr", "inf") + "a finite number above 0"),
+        (["--k", "1", "--base-lr", "nan"], ARGUMENT.format("--base-lr", "nan") + "a finite number above 0"),
+        (["--k", "1", "--tokens", "1e400"], ARGUMENT.format("--tokens", "1e400") + WHOLE + ", such as"),
+        (["--k", "1", "--tokens", "0"], ARGUMENT.format("--tokens", "0") + WHOLE + ", such as"),
+        (["--k", "1", "--tokens", "99"], "99 tokens are 0 sequences of 128, fewer than the 8 (1 x 8)"),
+        (["--k", "1", "--world-size", "3"], "k 1 makes a batch of 1 x 8 = 8, which 3 ranks cannot share"),
+        (["--k", "1", "--name", "a b"], "base_name is 'a b'; legal are"),
+        (["--k"], "argument --k: expected at least one argument"),
+        ([], "the following arguments are required: --k"),
+        (["--k", "1", "--dry-run"], "unrecognized arguments: --dry-run"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    out = tmp_path / "configs"
+    assert code_of([*ASKED, *arguments, "--out", str(out)]) == 2
+    said, told = capsys.readouterr()
+    assert said == ""
+    assert told.startswith(f"gputrain branches plan: {message}")
+    assert told.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert code_of([*ASKED, "--k", "1", "--out", str(tmp_path / "file" / "configs")]) == 2
+    assert capsys.readouterr() == (
+        "",
+        f"gputrain branches plan: {tmp_path / 'file' / 'configs'} cannot be written (Not a directory); "
+        "give a folder that can be, by --out\n",
+    )
+
+
+def test_force_replaces_another_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path)]
+    assert code_of([*ASKED, "--k", "1", *out]) == 0
+    assert code_of([*ASKED, "--k", "2", *out]) == 2
+    assert "holds another plan" in capsys.readouterr().err
+    assert code_of([*ASKED, "--k", "2", *out, "--force"]) == 0
+    assert [branch.k for branch in read_manifest(tmp_path)] == [2]
