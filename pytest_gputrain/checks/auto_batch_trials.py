@@ -90,32 +90,27 @@ class Subject:
         env: Mapping[str, str] | None = None,
         passing: bool = True,
         again: int = 0,
+        timeout: float | None = None,
     ) -> Trial:
         """Run, or return what the same run came to before. ``again`` tells repetitions apart.
 
         passing: a run that does not pass fails the test with its cause; else it is returned as it is.
+        timeout: seconds; None is the session's.
         """
         own = () if self.case else (shape or SHAPES[self.device])
         env = {**ONE_THREAD, **(env or {})} if self.device == "cpu" else env
         arguments = [f"--device={self.device}", f"--steps={STEPS}", *own, *map(str, options)]
         key = (self.name, self.device, tuple(arguments), nproc, tuple(sorted((env or {}).items())), again)
         if key not in trials.done:
-            trials.done[key] = _trial(self._launch(launcher, arguments, nproc, env, passing))
+            trials.done[key] = _trial(
+                self._launch(launcher, arguments, nproc, env=env, check=passing, timeout=timeout)
+            )
         return trials.done[key]
 
-    def _launch(
-        self,
-        launcher: Launcher,
-        arguments: list[str],
-        nproc: int,
-        env: Mapping[str, str] | None,
-        passing: bool,
-    ) -> LaunchResult:
+    def _launch(self, launcher: Launcher, arguments: list[str], nproc: int, **how: Any) -> LaunchResult:
         if self.case is None:
-            return launcher.torchrun(str(SCRIPT), *arguments, nproc=nproc, env=env, check=passing)
-        return launcher(
-            _run_main, arguments, self.case, world_size=nproc, device=self.device, env=env, check=passing
-        )
+            return launcher.torchrun(str(SCRIPT), *arguments, nproc=nproc, **how)
+        return launcher(_run_main, arguments, self.case, world_size=nproc, device=self.device, **how)
 
     def budget(
         self, launcher: Launcher, trials: Trials, samples: int, *options: str, nproc: int = 1, **more: Any
@@ -133,7 +128,9 @@ class Subject:
         self, launcher: Launcher, trials: Trials, size: int, *options: str, nproc: int = 1, **more: Any
     ) -> int:
         """Bytes of training at a batch size, evaluation included."""
-        given = (f"--device_batch_size={size}", f"--memory_budget={AMPLE}", *options)
+        # A GPU tells its peak in any case, and no budget above what it has is accepted there.
+        ample = (f"--memory_budget={AMPLE}",) if self.device == "cpu" else ()
+        given = (f"--device_batch_size={size}", *ample, *options)
         return int(self.train(launcher, trials, *given, nproc=nproc, **more).metrics["peak_bytes"])
 
 

@@ -36,6 +36,7 @@ SAMPLES = 12  # what the budgets hold: far enough from 1 and from the 8 that is 
 TOTAL = 20  # samples a step, in the tests that accumulate: what fits does not divide it
 FACTOR = 16  # evaluation's batch against training's, where evaluation is what runs out of memory
 SEQUENCES_OF_STABILITY = {"cpu": 32, "cuda": 2048}
+HOURS_OF_STABILITY = 6  # at most: 1,000 steps at depth 32 and 128 samples take hours on one GPU
 STEPS_ON_CPU = 20  # a CPU runs a twentieth of the steps that the marker asks for
 
 
@@ -84,9 +85,10 @@ def test_single_device(subject: Subject, ddp_launcher: PytestLauncher, trials: T
     assert found.metrics["batch_size_source"] == "discovered"
     limit = int(subject.budget(ddp_launcher, trials, SAMPLES) * MARGIN)
     assert found.metrics["peak_bytes"] <= limit
-    more = (f"--device_batch_size={found.size + 1}", f"--memory_budget={limit}")
-    one_more = subject.train(ddp_launcher, trials, *more, passing=False)
-    assert "OutOfMemory" in str(one_more.result.cause), f"{found.size + 1} fits too: {one_more.story}"
+    # A GPU's allocator hands out blocks, not bytes: there the very next size may still fit.
+    more = found.size + (1 if subject.device == "cpu" else max(1, found.size // 4))
+    options = (f"--device_batch_size={more}", f"--memory_budget={limit}")
+    ends_out_of_memory(subject.train(ddp_launcher, trials, *options, passing=False))
 
 
 def test_two_ranks(subject: Subject, ddp_launcher: PytestLauncher, trials: Trials) -> None:
@@ -295,7 +297,8 @@ def test_stability_at_the_size_found(
         else []
     )
     options = ("--auto_batch_size", *budget, f"--steps={steps}", f"--eval_every={max(1, steps // 4)}")
-    found = script.train(ddp_launcher, trials, *options, shape=tuple(shape))
+    hours = None if on_cpu else HOURS_OF_STABILITY * 3600.0
+    found = script.train(ddp_launcher, trials, *options, shape=tuple(shape), timeout=hours)
     assert all(math.isfinite(loss) for loss in found.losses)
     assert len(found.losses) == steps
     assert found.metrics["eval_loss"] < found.metrics["first_loss"]

@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -105,7 +105,11 @@ def _guard(options: Options, here: Ranks) -> Iterator[OomGuard | None]:
     if budget is None and here.device.type == "cpu":
         yield None
         return
-    with OomGuard(budget, here.device) as guard:
+    with ExitStack() as stack:
+        try:
+            guard = stack.enter_context(OomGuard(budget, here.device))
+        except ValueError as error:  # more than the device has
+            raise TrainUsageError(f"--memory_budget: {error}") from error
         yield guard
 
 

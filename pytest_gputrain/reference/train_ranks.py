@@ -72,6 +72,8 @@ def _device(wanted: str) -> torch.device:
         raise TrainUsageError("--device cuda: torch sees no GPU here; give --device cpu")
     if not there:
         return torch.device("cpu")
+    if local >= there and dist.is_initialized():  # by a launcher that lets ranks share, through gloo
+        return torch.device("cuda", local % there)
     if local >= there:
         raise TrainUsageError(f"local rank {local} has no GPU of its own ({there} here); start fewer ranks")
     return torch.device("cuda", local)

@@ -9,10 +9,10 @@ import pytest
 
 from pytest_gputrain.checks import throughput
 from tests.planted.plug_broken_train import PLANTED
-from tests.plugin.conftest import ROOT, Run, _no_settings_of_the_caller, run_child
+from tests.plugin.conftest import ROOT, Run, _no_settings_of_the_caller
 
 linux = pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
-__all__ = ["_no_settings_of_the_caller", "run_child"]
+__all__ = ["_no_settings_of_the_caller"]
 MODULE = str(ROOT / "pytest_gputrain" / "checks" / "test_auto_batch.py")
 SHIPPED = len([name for name in PLANTED if name != "test_stability_at_the_size_found"])
 
@@ -34,16 +34,24 @@ wide = [TrainingCase(name="wide", model=model, batch=batch, loss=loss)]
 """
 
 
+@pytest.fixture
+def run_child(pytester: pytest.Pytester) -> Run:
+    """A session with the plugin; it takes half a minute on two cores that nobody else uses."""
+    plugins = [part for name in ("xdist", "timeout", "pytest_gputrain") for part in ("-p", name)]
+    return lambda *arguments: pytester.runpytest_subprocess(*plugins, MODULE, "-n0", *arguments, timeout=800)
+
+
 @linux
 def test_one_of_them(run_child: Run) -> None:
-    result = run_child(MODULE, "-n0", "-k", "single_device and cpu")
+    result = run_child("-k", "single_device and cpu")
     result.assert_outcomes(passed=1, deselected=SHIPPED * 2 + 7)
 
 
 @linux
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_all_pass_and_leave_a_comparison(run_child: Run, tmp_path: Path) -> None:
-    result = run_child(MODULE, "-n0", "-rs", "--gputrain-report", str(tmp_path))
+    result = run_child("-rs", "--gputrain-report", str(tmp_path))
     result.assert_outcomes(passed=SHIPPED, skipped=SHIPPED + 8)
     kept = json.loads((tmp_path / throughput.FILE).read_text())
     assert kept["device"] == "cpu"
@@ -53,8 +61,9 @@ def test_all_pass_and_leave_a_comparison(run_child: Run, tmp_path: Path) -> None
 
 @linux
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_each_is_able_to_fail(run_child: Run) -> None:
-    result = run_child(MODULE, "-n0", "-p", "tests.planted.plug_broken_train", "-k", "cpu and not stability")
+    result = run_child("-p", "tests.planted.plug_broken_train", "-k", "cpu and not stability")
     planted = [(test, name) for test, names in PLANTED.items() for name in names][:-1]
     result.assert_outcomes(failed=len(planted), deselected=len(planted) + 8)
     for test, name in planted:
@@ -63,9 +72,10 @@ def test_each_is_able_to_fail(run_child: Run) -> None:
 
 @linux
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_on_a_users_case_that_a_list_holds(pytester: pytest.Pytester, run_child: Run) -> None:
     pytester.makepyfile(my_cases=CASES)
-    result = run_child(MODULE, "-n0", "-v", "--gputrain-case", "my_cases:wide", "-k", "wide-cpu")
+    result = run_child("-v", "--gputrain-case", "my_cases:wide", "-k", "wide-cpu")
     outcomes = result.parseoutcomes()
     assert outcomes["passed"] >= 9
     assert "failed" not in outcomes
@@ -74,8 +84,9 @@ def test_on_a_users_case_that_a_list_holds(pytester: pytest.Pytester, run_child:
 
 @linux
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_stability_on_a_cpu(run_child: Run) -> None:
-    result = run_child(MODULE, "-n0", "--stability", "-k", "stability and cpu-12")
+    result = run_child("--stability", "-k", "stability and cpu-12")
     result.assert_outcomes(passed=1, deselected=SHIPPED * 2 + 7)
 
 
