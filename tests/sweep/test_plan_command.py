@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from pytest_gputrain.cli import main
 from pytest_gputrain.sweep import read_manifest
 
+DOCS = Path(__file__).parents[2] / "docs" / "branches.md"
 ASKED = [
     *("branches", "plan", "--base-batch", "8", "--base-lr", "3e-4"),
     *("--block-size", "128", "--tokens", "100000", "--max-device-batch", "32"),
@@ -23,24 +25,17 @@ def code_of(arguments: list[str]) -> int:
         return int(left.code or 0)
 
 
-def test_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "configs"
-    assert code_of([*ASKED, "--k", "1", "2", "4", "8", "16", "32", "--out", str(out)]) == 0
-    assert capsys.readouterr() == (
-        f"""\
- k  target batch  micro-batch  accumulation  effective         rate  steps  last step  tokens
- 1             8            8             1          8       0.0003     98          5  99,968
- 2            16           16             1         16  0.000424264     49         13  99,968
- 4            32           32             1         32       0.0006     25         13  99,968
- 8            64           32             2         64  0.000848528     13         13  99,968
-16           128           32             4        128       0.0012      7         13  99,968
-32           256           32             8        256   0.00169706      4         13  99,968
-every branch sees 99,968 tokens: 781 sequences of 128; of the 100,000 asked for, 32 make no whole one
-6 configurations and manifest.json are in {out}
-""",
-        "",
-    )
-    assert [branch.k for branch in read_manifest(out)] == [1, 2, 4, 8, 16, 32]
+def test_the_run_that_the_documentation_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = DOCS.read_text(encoding="utf-8").split("```\n")[1]
+    command, _, output = shown.partition("\n")
+    assert code_of(shlex.split(command.removeprefix("$ gputrain "))) == 0
+    assert capsys.readouterr() == (output, "")
+    manifest = read_manifest(tmp_path / "configs")
+    assert [branch.k for branch in manifest] == [1, 2, 4, 8, 16, 32]
+    assert manifest.tokens == 99_968
 
 
 def test_without_a_folder_the_table_is_all(capsys: pytest.CaptureFixture[str]) -> None:
