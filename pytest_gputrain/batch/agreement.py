@@ -67,7 +67,7 @@ class Ranks:
         return value  # type: ignore[return-value]
 
     def _shared(self, value: Any, error: Exception | None) -> list[Any]:
-        cause = None if error is None else describe(error)
+        cause = None if error is None else _described(error)
         told = self._exchange((value, cause, isinstance(error, DiscoveryFailed)))
         if error is not None:
             raise error
@@ -90,6 +90,14 @@ class Ranks:
         with on_gpu:
             dist.all_gather_object(told, value)
         return told
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, DiscoveryFailed):  # a description already
+        return str(error)
+    if isinstance(error, ValueError):  # about what was asked: the line where that was noticed says nothing
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return describe(error)
 
 
 def _attempted(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -67,8 +67,9 @@ class JointDiscovery:
 
     def _search(self, at_most: int) -> Discovered:
         found = self._find(at_most, cache=self.cache, on_start=_say_start)
-        for warning in found.warnings:
-            log.warning("%s", warning)
+        if found.source != "cache" or self.ranks.size == 1:  # sizes that other ranks ruled out look odd
+            for warning in found.warnings:
+                log.warning("%s", warning)
         return self._some(found)
 
     def _confirmed(self, found: Discovered, at_most: int) -> int:
@@ -97,7 +98,9 @@ class JointDiscovery:
         return attempt(lambda: self._run_here(asked, at_most))
 
     def _run_here(self, asked: int, at_most: int) -> int:
-        found = self._find(at_most, min_batch_size=asked, max_batch_size=asked)
+        # Rank 0 keeps what it measures here as well: the next run then finds the joint answer in the cache.
+        cache = self.cache if self.ranks.rank == 0 else None
+        found = self._find(at_most, min_batch_size=asked, max_batch_size=asked, cache=cache)
         smaller = [size for size in self._legal() if size < asked]
         if not found.size and smaller:
             found = self._find(at_most, max_batch_size=smaller[-1])

@@ -9,6 +9,7 @@ compiling and data parallel are as in training.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from pytest_gputrain.batch.probe_globals import global_hooks, preserved
 from pytest_gputrain.batch.probe_state import Snapshot
 from pytest_gputrain.batch.users_own import users_own
 from pytest_gputrain.case import TrainingCase
-from pytest_gputrain.memory.clean import release
+from pytest_gputrain.memory.clean import clear_frames, release
 from pytest_gputrain.memory.guard import OomGuard
 from pytest_gputrain.memory.oom import is_oom
 
@@ -82,6 +83,7 @@ class TrainingProbe:
         with contextlib.ExitStack() as stack:
             stack.enter_context(preserved())
             stack.callback(release)
+            stack.enter_context(_quick_collections())
             roots = [self.model, *global_hooks(), *([self.optimizer] if self.optimizer is not None else [])]
             self._snapshot = stack.enter_context(Snapshot(*roots))
             self._stack = stack.pop_all()
@@ -99,7 +101,7 @@ class TrainingProbe:
         except Exception as error:
             if is_oom(error):
                 observed.ran_out(error)
-                release(error)
+                clear_frames(error)
                 return None
             self._explain(error, batch_size)
             raise
@@ -182,6 +184,22 @@ class TrainingProbe:
             hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
             for module in self.model.modules()
         )
+
+
+@contextlib.contextmanager
+def _quick_collections() -> Iterator[None]:
+    """What is there now is not looked through after every probe, but again afterwards: with torch loaded,
+    that is most of the time that a small model takes.
+    """
+    if gc.get_freeze_count():  # the user's own: unfreezing would undo it
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

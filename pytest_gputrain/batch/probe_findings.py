@@ -53,6 +53,11 @@ class Observed:
         return "evaluation" if self.in_evaluation else f"step {len(self.live) + 1}"
 
     @property
+    def failure(self) -> str:
+        """Where memory ran out, and for what; what it was in use for is told by ``by_category``."""
+        return f"in {self.where}: {self.message.partition(' (in use:')[0]}"
+
+    @property
     def growth(self) -> int:
         """Bytes by which memory grows from step to step, 0 where it does not grow in each of them."""
         steps = [after - before for before, after in zip(self.live, self.live[1:], strict=False)]

@@ -1,0 +1,240 @@
+"""``find_batch``, ``discover_batch_size``, ``choose_batch_size`` and ``batch_finder`` on one rank."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pytest_gputrain import OutOfMemory, choose_batch_size, discover_batch_size, find_batch
+from pytest_gputrain.batch import probe_target
+from pytest_gputrain.batch.cache import BatchCache
+from pytest_gputrain.batch.finder import BatchFinder
+from pytest_gputrain.memory.guard import OomGuard
+from pytest_gputrain.reference.gpt import gpt_case
+from tests.batch.models import Language, Restless, case_of, mlp, rows
+
+Lines = list[str]
+LANGUAGE_FITS = 49  # of `Language` at length 32 within 0.85 * 2 MB
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Lines:
+    told: Lines = []
+    caplog.set_level(logging.INFO, logger="pytest_gputrain.batch")
+
+    def tell(record: logging.LogRecord) -> bool:
+        told.append(record.getMessage())
+        return True
+
+    caplog.handler.addFilter(tell)
+    return told
+
+
+def trains(case: Any, size: int, limit: int) -> bool:
+    """Three steps and an evaluation, written once more."""
+    model = case.model()
+    optimizer = case.optimizer(model)
+    try:
+        with OomGuard(limit, roots=[model]):
+            for _ in range(3):
+                case.step(model, optimizer, [case.batch(size, "cpu")])
+            with torch.no_grad():
+                case.loss(model.eval(), case.batch(size, "cpu"))
+    except OutOfMemory:
+        return False
+    return True
+
+
+def test_the_answer_is_the_exact_maximum() -> None:
+    """Tried by a loop of its own around the answer: it is the last size that trains."""
+    case = gpt_case(1, sequence_length=16)
+    found = find_batch(case, capacity="6MB", max_batch_size=256)
+    assert found.source == "discovered"
+    around = range(found.size - 2, found.size + 4)
+    assert [size for size in around if trains(case, size, found.limit)] == [*around][:3]
+    assert found.law is not None
+    assert found.law[1] > 0
+    assert found.limit == 0.85 * found.capacity
+
+
+def test_answers_divide_the_global_batch() -> None:
+    case = gpt_case(2, sequence_length=32)
+    sizes = [
+        find_batch(case, capacity="24MB", global_batch_size=120, world_size=world).size for world in (1, 4)
+    ]
+    assert all(size > 1 and 120 // world % size == 0 for size, world in zip(sizes, (1, 4), strict=True))
+
+
+@pytest.mark.parametrize("returns", ["loss", "tuple", "mapping"])
+def test_a_language_model_as_it_is_called(returns: str, lines: Lines) -> None:
+    assert discover_batch_size(Language(returns=returns), 32, "cpu", capacity="2MB") == LANGUAGE_FITS
+    assert lines == ["Running auto-discovery on rank 0", "Auto-discovery found device_batch_size=49"]
+
+
+def test_cache_by_lines(lines: Lines, tmp_path: Path) -> None:
+    """A hit trains nothing, another margin uses what was measured, another length is another key."""
+    model = Language()
+    asked: dict[str, Any] = {"capacity": "2MB", "use_cache": True, "cache_dir": tmp_path}
+    first = discover_batch_size(model, 32, "cpu", **asked)
+    del lines[:]
+    assert discover_batch_size(model, 32, "cpu", **asked) == first
+    assert lines == [f"Cache hit! Using cached batch size {first}"]
+    assert discover_batch_size(model, 32, "cpu", 0.5, **asked) < first
+    del lines[:]
+    assert discover_batch_size(model, 16, "cpu", **asked) > first
+    assert lines[0] == "Running auto-discovery on rank 0"
+
+
+def test_cached_size_is_confirmed_where_less_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One probe, no search, when free memory is lower than it was and than the limit."""
+    cache, case, probed = BatchCache(tmp_path), case_of(mlp, batch=wide), list[int]()
+
+    def told(size: int, peak: float | None, seconds: float) -> None:
+        probed.append(size)
+
+    def free(num_bytes: int) -> None:
+        monkeypatch.setattr(probe_target, "memory_of", lambda device: (num_bytes, 2**40))
+
+    free(2 * 10**6)
+    first = find_batch(case, cache=cache, max_batch_size=4096)
+    found = find_batch(case, cache=cache, max_batch_size=4096, on_probe=told)
+    assert (found.size, found.source, probed) == (first.size, "cache", [])
+    free(10**6)
+    assert find_batch(case, cache=cache, max_batch_size=4096, on_probe=told).size < first.size
+    assert probed
+
+
+def wide(batch_size: int, device: Any) -> torch.Tensor:
+    return rows(batch_size, device, 64)
+
+
+def test_too_large_says_so_with_the_ways_out() -> None:
+    with pytest.raises(OutOfMemory) as raised:
+        discover_batch_size(Language(), 32, "cpu", capacity="100KB")
+    first, second, third = str(raised.value).splitlines()
+    assert first.startswith("Language does not fit at batch size 1; in step 1: out of memory on cpu: ")
+    assert second.startswith("  limit 83.0 KiB of a capacity of 97.7 KiB; in use: ")
+    assert "parameters 20.4 KiB" in second
+    assert third.startswith("  what helps: ")
+    assert raised.value.limit == 85_000
+
+
+def test_batch_norm_cannot_train_on_one_sample() -> None:
+    found = find_batch(case_of(Restless), capacity="2MB", max_batch_size=8)
+    assert found.size == 8
+    assert found.warnings[0].startswith("batch size 1 cannot be trained (BatchNorm needs more than one ")
+
+
+def test_failed_discovery_falls_back_loudly(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(device: Any) -> tuple[int, int]:
+        raise OSError("no meminfo")
+
+    monkeypatch.setattr(probe_target, "memory_of", unreadable)
+    assert discover_batch_size(Language(), 32, "cpu") == 1
+    assert discover_batch_size(Language(), 32, "cpu", fallback=4) == 4
+    assert lines[0].startswith("Auto-discovery failed (OSError: no meminfo")
+    assert lines[0].endswith("falling back to device_batch_size=1")
+
+
+def test_a_bug_of_the_model_is_no_reason_to_fall_back() -> None:
+    class Broken(Language):
+        def forward(self, x: Any, y: Any) -> Any:
+            raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        discover_batch_size(Broken(), 32, "cpu", capacity="2MB")
+
+
+def test_what_a_script_chooses(lines: Lines) -> None:
+    model = Language()
+    assert choose_batch_size(model, 32, "cpu", auto=True, device_batch_size=16).source == "manual"
+    assert choose_batch_size(model, 32, "cpu", auto=False).size == 8
+    later = choose_batch_size(
+        model, 32, "cpu", auto=True, capacity="2MB", stage="sft", pretraining_batch_size=32
+    )
+    assert (later.size, later.source) == (LANGUAGE_FITS, "auto")
+    assert discover_batch_size(model, 32, "cpu", override=16) == 16
+    assert lines == [
+        "Using manual device_batch_size=16",
+        "Auto-discovery disabled, using default device_batch_size=8",
+        "Running auto-discovery on rank 0",
+        "Auto-discovery found device_batch_size=49",
+        "stage sft: device_batch_size=49 exceeds the pretraining stage's 32; check the learning rate "
+        "that was tuned for it, and that the stage's longest batch fits",
+        "Using manual device_batch_size=16",
+    ]
+
+
+WAY_OUT = "give case=TrainingCase(...), which says how your loop makes a batch and a loss"
+MARGIN = "legal is a fraction of the memory above 0 and up to 1, such as 0.85"
+UNIT = 'legal is 64.0 KiB or more: give the unit, such as "80GB" or "79.1GiB"'
+Bad = tuple[dict[str, Any], str]
+BAD_INPUT: list[Bad] = [
+    ({"safety_margin": 0}, f"safety_margin is 0; {MARGIN}"),
+    ({"safety_margin": 1.01}, f"safety_margin is 1.01; {MARGIN}"),
+    (
+        {"min_batch_size": 9, "max_batch_size": 4},
+        "min_batch_size 9 is above max_batch_size 4; legal is 1 <= min_batch_size <= max_batch_size",
+    ),
+    ({"max_seq_len": -4}, "max_seq_len is -4; legal is a whole number of 1 or more"),
+    ({"capacity": "80"}, f"capacity='80' is 80 bytes; {UNIT}"),
+    (
+        {"capacity": "much"},
+        'capacity: \'much\' is not a size above 0 such as "80GB", "79.1GiB" or a number of bytes',
+    ),
+    ({"override": 0}, "device_batch_size is 0; legal is a whole number of 1 or more"),
+    (
+        {"override": 3, "global_batch_size": 64},
+        "device_batch_size 3 does not divide 64, the samples of a step on one rank (64 = 21 * 3 + 1)",
+    ),
+    (
+        {"eval_batch_factor": -1},
+        "eval_batch_factor is -1; legal is 0 (no evaluation) or a number above, such as 2",
+    ),
+    ({"device": "nowhere"}, "'nowhere' is not a device; give 'cpu', 'cuda' or 'cuda:0'"),
+    (
+        {"ddp_world_size": 2},
+        "ddp_world_size=2, and no process group is initialised for these ranks to agree through; "
+        "call torch.distributed.init_process_group() first, or give ddp_world_size=1",
+    ),
+    ({"model": None}, "model is None, with no case; give a model called as model(x, y), or case="),
+    (
+        {"model": Language(returns="logits")},
+        "Language(x, y) returned a tensor of shape (1, 32, 64); legal is the loss, a scalar tensor: "
+        f"alone, in a tuple, or as .loss; for a model that is called otherwise, {WAY_OUT}",
+    ),
+    (
+        {"model": nn.Linear(2, 2)},
+        "no vocabulary size found in Linear: neither it nor its config has vocab_size or n_vocab, "
+        f"and it has no nn.Embedding; give vocab_size=, or {WAY_OUT}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_INPUT, ids=[str([*bad]) for bad, _ in BAD_INPUT])
+def test_bad_input_is_one_line(bad: dict[str, Any], message: str) -> None:
+    asked = {"model": Language(), "max_seq_len": 32, "device": "cpu", "capacity": "2MB", **bad}
+    with pytest.raises(ValueError, match=r"^") as raised:
+        discover_batch_size(**asked)
+    assert str(raised.value) == message
+
+
+def test_global_batch_for_ranks() -> None:
+    with pytest.raises(ValueError, match=r"^") as raised:
+        find_batch(gpt_case(), global_batch_size=100, world_size=3)
+    assert str(raised.value) == (
+        "global_batch_size 100 is not divisible by world size 3 (100 = 33 * 3 + 1); "
+        "the nearest that are: 99 and 102"
+    )
+
+
+def test_batch_finder(batch_finder: BatchFinder) -> None:
+    assert batch_finder(model=Language(), max_seq_len=32, capacity="2MB").size == LANGUAGE_FITS
+    assert batch_finder(case_of(mlp, batch=wide), capacity="2MB", max_batch_size=4).size == 4
+    with pytest.raises(ValueError, match=r"^batch_finder needs a case, or model= and max_seq_len="):
+        batch_finder()
