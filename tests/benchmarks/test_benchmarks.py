@@ -93,6 +93,7 @@ def test_compare_names_every_difference() -> None:
         "certain_deadlock",
         "tracing_cost",
         "batch_search",
+        "prediction",
     ],
 )
 def test_a_quick_run_gets_to_its_end(name: str, tmp_path: Path) -> None:
