@@ -42,6 +42,7 @@ def find_batch(
     max_batch_size: int = 128,
     multiple_of: int = 1,
     global_batch_size: int | None = None,
+    ragged: bool = False,
     world_size: int = 1,
     eval_batch_factor: float = 1,
     iterations: int = 3,
@@ -61,8 +62,9 @@ def find_batch(
 
     capacity: bytes or "80GB"; None is what this process can have of the device. With ``global_batch_size``
     the answer times ``world_size`` divides it, and where that leaves accumulation the probed step accumulates
-    (then gradients are there during forward); without it a step is one batch. ``world_size`` above 1 counts
-    the buckets of data parallel. eval_batch_factor: evaluation's batch by training's, 0 for none.
+    (then gradients are there during forward); without it a step is one batch. ``ragged``: a step's last
+    micro-batch may be smaller, so the answer need not divide. ``world_size`` above 1 counts the buckets of
+    data parallel. eval_batch_factor: evaluation's batch by training's, 0 for none.
     ``compiled``, ``checkpointing``: as the case does them. ``model`` and ``optimizer`` are probed in place
     and left as they were; without them the case makes them. at_most: bytes, a bound on the capacity (other
     ranks have less). on_probe(batch size, peak or None, seconds). on_start(): the cache has no answer.
@@ -73,7 +75,10 @@ def find_batch(
     began = time.monotonic()
     share = bounds.per_rank(global_batch_size, whole("world_size", world_size))
     least, most = bounds.checked_range(min_batch_size, max_batch_size)
-    legal_sizes(least, most, multiple_of, share)
+    divides = share
+    if ragged and share is not None:
+        most, divides = min(most, share), None
+    legal_sizes(least, most, multiple_of, divides)
     margin = bounds.checked_margin(safety_margin)
     given = None if capacity is None else bounds.capacity_in_bytes(capacity)
     bounds.checked_steps(iterations, eval_batch_factor)
@@ -89,7 +94,7 @@ def find_batch(
         memory = memory_here(device, model)
         target = target_of(case, model, optimizer, memory.device, conditions, world_size)
         measures = _measures(memory.free, given, at_most, margin, target.reserved)
-        search = _Search(least, most, multiple_of, share, measures.limit, strategy, predicted, on_start)
+        search = _Search(least, most, multiple_of, divides, measures.limit, strategy, predicted, on_start)
         with _Runner(target, measures.limit, on_probe) as runner:
             if cache is None:
                 found = Found(search(runner, {}), {}, from_cache=False)
@@ -114,7 +119,7 @@ class _Search:
     least: int
     most: int
     multiple_of: int
-    share: int | None
+    divides: int | None
     limit: int
     strategy: str
     predicted: Callable[[int], float] | None
@@ -140,7 +145,7 @@ class _Search:
             maximum=self.most,
             capacity=self.limit,
             multiple_of=self.multiple_of,
-            divides=self.share,
+            divides=self.divides,
             strategy=self.strategy,
             predicted=self.predicted,
             known=known,

@@ -83,6 +83,29 @@ def file(text: str) -> Path:
     return path
 
 
+def output_file(text: str) -> Path:
+    """A file that can be written: tried now, so that hours of work do not end in an error."""
+    path = file(text)
+    there = path.exists()
+    try:
+        with path.open("ab"):
+            pass
+        if not there:
+            path.unlink()
+    except OSError as error:
+        why = error.strerror or error
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written ({why}); give another file") from None
+    return path
+
+
+def folder(text: str) -> Path:
+    path = Path(text).expanduser()
+    there = next(there for there in (path, *path.absolute().parents) if os.path.exists(there))
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a folder, there or not yet there")
+    return path
+
+
 def positive(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a whole number of 1 or more")

@@ -1,0 +1,128 @@
+"""The work of ``gputrain find-batch``, in a process of its own.
+
+A model that crashes the interpreter, hangs or fills the host's memory ends this process, and the command line
+says so.
+
+Everything comes and goes as plain values.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_gputrain.case.loading import CaseError, load_case
+from pytest_gputrain.cli.find_batch_job import Events, Request
+from pytest_gputrain.cli.find_batch_predicted import CannotPredict, predicted
+
+if TYPE_CHECKING:
+    from pytest_gputrain.case import TrainingCase
+
+_PACKAGE = str(Path(__file__).resolve().parents[1])
+
+
+def work(request: Request) -> dict[str, Any]:
+    """The fields of an Answer, or {"usage" or "failed": one line}. What a case raises is passed on."""
+    try:
+        case = _one_case(request.spec)
+    except CaseError as error:
+        return {"usage": str(error)}
+    told = _Told()
+    logger = logging.getLogger("pytest_gputrain.batch")
+    logger.addHandler(told)
+    try:
+        found = predicted(request, case) if request.predict else _measured(request, case)
+    except CannotPredict as error:
+        return {"failed": str(error)}
+    except ValueError as error:
+        if _is_ours(error):  # what was asked, not what the case's code raised
+            return {"usage": str(error)}
+        raise
+    finally:
+        logger.removeHandler(told)
+    found["warnings"] = tuple(dict.fromkeys([*found["warnings"], *told.lines]))
+    return {"case": case.name, "margin": request.margin, "minimum": request.minimum, **found}
+
+
+def _one_case(spec: str) -> TrainingCase:
+    cases = load_case(spec)
+    if len(cases) > 1:
+        names = ", ".join(case.name for case in cases)
+        raise CaseError(f"{spec} is {len(cases)} cases ({names}); name one of them")
+    return cases[0]
+
+
+def _measured(request: Request, case: TrainingCase) -> dict[str, Any]:
+    from pytest_gputrain.batch.cache import BatchCache
+    from pytest_gputrain.batch.discovery import find_batch
+
+    events = Events(request.progress)
+    limit = None if request.capacity is None else int(request.capacity * request.margin)
+    events.write(doing="building the model and running the first probe", limit=limit)
+
+    def on_probe(size: int, peak: float | None, seconds: float) -> None:
+        events.write(size=size, peak=peak, seconds=seconds)
+        events.write(doing="running the next probe")
+
+    found = find_batch(
+        case,
+        device=request.device,
+        capacity=request.capacity,
+        safety_margin=request.margin,
+        min_batch_size=request.minimum,
+        max_batch_size=request.maximum,
+        multiple_of=request.multiple_of,
+        global_batch_size=request.global_batch,
+        ragged=request.ragged,
+        world_size=request.world_size,
+        eval_batch_factor=request.eval_batch_factor,
+        iterations=request.iterations,
+        compiled=request.compiled,
+        checkpointing=request.checkpointing,
+        strategy=request.strategy,
+        cache=None if request.cache is None else BatchCache(Path(request.cache)),
+        on_probe=on_probe,
+    )
+    return {
+        "method": "measured",
+        "device": _device_name(request.device),
+        "given": request.capacity is not None,
+        "capacity": found.capacity,
+        "limit": found.limit,
+        "size": found.size,
+        "at_maximum": found.size == request.sizes()[-1],
+        "ladder": (*found.known.items(), *found.search.probes),
+        "law": found.law,
+        "by_category": dict(found.by_category),
+        "seconds": found.seconds,
+        "source": found.source,
+        "warnings": tuple(found.warnings),
+        "notes": (found.data_parallel,) if found.data_parallel else (),
+        "failure": found.failure,
+    }
+
+
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return "cpu"
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
+def _is_ours(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename.startswith(_PACKAGE)
+
+
+class _Told(logging.Handler):
+    """Keeps warnings for the user: this process's own output is shown only where it fails."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
