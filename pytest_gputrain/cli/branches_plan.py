@@ -38,7 +38,15 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.set_defaults(run=_plan, command="branches plan")
     add = parser.add_argument
-    add("--k", type=positive, nargs="+", required=True, metavar="K", help="multiples of the base batch")
+    add(
+        "--k",
+        type=positive,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="K",
+        help="multiples of the base batch",
+    )
     add("--base-batch", type=positive, required=True, metavar="N", help="sequences of a step of the base run")
     add("--base-lr", type=_rate, required=True, metavar="RATE", help="learning rate at the base batch")
     add(
@@ -49,7 +57,7 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add("--max-device-batch", type=positive, required=True, metavar="N", help="most sequences on a device")
     add("--world-size", type=positive, default=1, metavar="N", help="data-parallel ranks (default: 1)")
     add("--name", default="branches", metavar="NAME", help="of the sweep, at Weights & Biases")
-    add("--out", type=Path, metavar="DIR", help="where to write; without it the table is all")
+    add("--out", type=_out, metavar="DIR", help="where to write; without it the table is all")
     add("--force", action="store_true", help="replace another plan in DIR")
 
 
@@ -73,6 +81,12 @@ def _tokens(text: str) -> int:
         ) from None
 
 
+def _out(text: str) -> Path:
+    if not text.strip():  # a shell variable that is not set, rather than the folder one is in
+        raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a folder, such as configs")
+    return Path(text).expanduser()
+
+
 def _plan(options: argparse.Namespace) -> int:
     from pytest_gputrain.sweep import plan_branches, write_configs
 
@@ -94,7 +108,8 @@ def _plan(options: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     print("\n".join([*_table([HEADS, *map(_row, plan)]), _budget(plan)]))
     if options.out is not None:
-        print(f"{len(plan)} configurations and manifest.json are in {options.out}")
+        count = f"{len(plan)} configuration{'s' if len(plan) > 1 else ''}"
+        print(f"{count} and manifest.json are in {options.out}")
     return EXIT_OK
 
 

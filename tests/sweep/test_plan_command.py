@@ -67,6 +67,8 @@ WHOLE = "a whole number of 1 or more"
         (["--k", "2", "-4"], ARGUMENT.format("--k", "-4") + WHOLE),
         (["--k", "1.5"], ARGUMENT.format("--k", "1.5") + WHOLE),
         (["--k", "2", "2"], "k 2 is given twice; give each k once"),
+        (["--k", "2", "--k", "2"], "k 2 is given twice; give each k once"),
+        (["--k", "1", "--out", ""], "argument --out: '' is not legal; give a folder, such as configs"),
         (["--k", "1", "--base-batch", "0"], ARGUMENT.format("--base-batch", "0") + WHOLE),
         (["--k", "1", "--block-size", "0"], ARGUMENT.format("--block-size", "0") + WHOLE),
         (["--k", "1", "--base-lr", "inf"], ARGUMENT.format("--base-lr", "inf") + "a finite number above 0"),
@@ -85,7 +87,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     out = tmp_path / "configs"
-    assert code_of([*ASKED, *arguments, "--out", str(out)]) == 2
+    assert code_of([*ASKED, "--out", str(out), *arguments]) == 2
     said, told = capsys.readouterr()
     assert said == ""
     assert told.startswith(f"gputrain branches plan: {message}")
@@ -106,6 +108,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureF
 def test_force_replaces_another_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path)]
     assert code_of([*ASKED, "--k", "1", *out]) == 0
+    assert capsys.readouterr().out.endswith(f"\n1 configuration and manifest.json are in {tmp_path}\n")
     assert code_of([*ASKED, "--k", "2", *out]) == 2
     assert "holds another plan" in capsys.readouterr().err
     assert code_of([*ASKED, "--k", "2", *out, "--force"]) == 0
