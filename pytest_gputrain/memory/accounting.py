@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_gputrain.memory import categories
 from pytest_gputrain.memory.ledger import Ledger, Record
-from pytest_gputrain.memory.lines import is_under_compile
+from pytest_gputrain.memory.lines import is_of_ddp, is_under_compile
 from pytest_gputrain.memory.owners import Owners
 from pytest_gputrain.memory.storages import storages_of
 
@@ -24,13 +24,16 @@ Refuse = Callable[[int, Any], None]
 # What is computed from these is an activation, also without autograd.
 _CARRIED_ON = frozenset((categories.PARAMETERS, categories.BUFFERS, categories.ACTIVATIONS))
 
+# What torch's C++ allocates with.
+_ALLOCATES = frozenset((torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default))
+
 
 class Accounting(TorchDispatchMode):
     """Charges what operations are given and what they make; ``refuse`` is asked when more is in use then."""
 
     def __init__(self, ledger: Ledger, device: torch.device, refuse: Refuse) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.owners = Owners(self.mark)
+        self.owners = Owners(self.mark, self.knows)
         self.other_devices: set[str] = set()
         self.saw_compiled = False
         self._ledger = ledger
@@ -70,6 +73,10 @@ class Accounting(TorchDispatchMode):
             if record is not None:
                 record.category = category
 
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is in the books."""
+        return any(storage._cdata in self._ledger.records for storage in storages_of(tensor))
+
     def _see_arguments(self, values: Iterable[Any]) -> bool:
         """Charge what is new; whether something computed from these values is an activation."""
         carries_on = False
@@ -79,10 +86,13 @@ class Accounting(TorchDispatchMode):
                     record = self._touched(storage) or self._charged(storage, value, categories.OTHER, None)
                     if record is None:
                         continue
-                    if value.requires_grad and value.is_leaf and record.leaf != id(value):
-                        record.leaf = id(value)
-                        self.owners.adopt_parameter(value)
-                    carries_on |= record.category in _CARRIED_ON or value.requires_grad
+                    if value.requires_grad:
+                        carries_on = True
+                        if record.leaf != id(value) and value.is_leaf:
+                            record.leaf = id(value)
+                            self.owners.adopt_parameter(value)
+                    elif record.category in _CARRIED_ON:
+                        carries_on = True
             elif isinstance(value, list | tuple):
                 carries_on |= self._see_arguments(value)
         return carries_on
@@ -92,12 +102,14 @@ class Accounting(TorchDispatchMode):
             if isinstance(value, torch.Tensor):
                 for storage in storages_of(value):
                     if self._touched(storage) is None:
-                        self._charged(storage, value, self._category_of_result(carries_on), op)
+                        self._charged(storage, value, self._category_of_result(op, carries_on), op)
             elif isinstance(value, list | tuple):
                 self._see_results(value, op, carries_on)
 
-    def _category_of_result(self, carries_on: bool) -> str:
+    def _category_of_result(self, op: Any, carries_on: bool) -> str:
         """What a result is for, until an owner says otherwise."""
+        if op in _ALLOCATES and is_of_ddp():
+            return categories.GRADIENTS  # the buckets, which outlive every block
         if torch._C._current_graph_task_id() != -1:  # backward is running
             return categories.ACTIVATIONS
         # Inside a step only a closure differentiates; what the step itself computes are its temporaries.

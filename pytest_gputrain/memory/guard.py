@@ -7,6 +7,7 @@ hit a real out-of-memory on any machine. On CUDA the allocator itself refuses.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -20,12 +21,14 @@ from pytest_gputrain.memory.clean import release
 from pytest_gputrain.memory.errors import OutOfMemory, translated
 from pytest_gputrain.memory.ledger import Record
 from pytest_gputrain.memory.left import Left, what_is_left
-from pytest_gputrain.memory.lines import location
+from pytest_gputrain.memory.lines import location, without_ours
 from pytest_gputrain.memory.oom import is_oom
 from pytest_gputrain.values import format_size, parse_size
 
 # Of the largest tensors, as many as a person reads.
-_LARGEST = 10
+_LARGEST, _SHOWN = 10, 3
+# Finding out who holds something takes a second: not worth it for a loss that was kept.
+_WORTH_TELLING = 2**20
 
 
 class Meter(Protocol):
@@ -58,8 +61,8 @@ class Large:
     location: str | None
 
     def __str__(self) -> str:
-        made = self.location or "before the block"
-        return f"{format_size(self.num_bytes)} {self.category} {self.dtype}{[*self.shape]} made at {made}"
+        made = f"made at {self.location}" if self.location else "there before the block, or small"
+        return f"{format_size(self.num_bytes)} {self.category} {self.dtype}{[*self.shape]}, {made}"
 
 
 class OomGuard:
@@ -86,7 +89,7 @@ class OomGuard:
         self._roots = tuple(roots)
         self._meter = _meter(self.limit, self._default_device() if device is None else known_device(device))
         self._is_active = False
-        self._left: tuple[Left, ...] | str = "the block has not run yet"
+        self._no_verdict = "the block has not run yet"
         self._peak: tuple[int, dict[str, int], tuple[Large, ...]] | None = None
 
     def __enter__(self) -> OomGuard:
@@ -95,7 +98,7 @@ class OomGuard:
                 "this oom_guard is in use already; a block within its block needs one of its own"
             )
         self._meter = _meter(self.limit, self._meter.device)
-        self.oom, self._left, self._peak = None, "the block has not ended yet", None
+        self.oom, self._no_verdict, self._peak = None, "the block has not ended yet", None
         try:
             self._meter.start(self._roots)
         except OutOfMemory as error:
@@ -118,19 +121,20 @@ class OomGuard:
             tuple(_large(record) for record in largest),
         )
         if error is not None and not ran_out:
-            self._left = f"the block ended with {type(error).__name__}"
+            self._no_verdict = f"the block ended with {type(error).__name__}"
             return
-        release(error)
-        self._left = what_is_left([record for record in self._meter.made_here() if _is_passing(record)])
+        self._no_verdict = ""
         if raised is None:
             self._check_device()
             return
+        release(error)
         # Without its traceback, which would keep the frames of the test alive as long as this guard.
         self.oom = copy.copy(raised)
-        if self._left and hasattr(raised, "add_note"):  # Python 3.11
-            raised.add_note("still held: " + "; ".join(str(left) for left in self._left[:3]))
+        if self._num_bytes_left() >= _WORTH_TELLING and hasattr(raised, "add_note"):  # Python 3.11
+            raised.add_note("still held: " + "; ".join(str(left) for left in self.left[:_SHOWN]))
         if raised is not error:
             raise raised from error
+        error.__traceback__ = without_ours(error.__traceback__)
 
     @property
     def device(self) -> torch.device:
@@ -159,13 +163,14 @@ class OomGuard:
 
     @property
     def left(self) -> tuple[Left, ...]:
-        """All that the block made and that is still alive; parameters and optimizers in use do not count.
+        """All that the block made and that is alive now; parameters and optimizers in use do not count.
 
         Raises RuntimeError where there is no verdict: before the end, or when another error ended the block.
         """
-        if isinstance(self._left, str):
-            raise RuntimeError(f"oom_guard cannot tell what is left: {self._left}")
-        return self._left
+        if self._no_verdict:
+            raise RuntimeError(f"oom_guard cannot tell what is left: {self._no_verdict}")
+        gc.collect()
+        return what_is_left(self._passing())
 
     @property
     def leaks(self) -> tuple[Left, ...]:
@@ -179,21 +184,30 @@ class OomGuard:
 
     def assert_nothing_left(self) -> None:
         """Raises AssertionError that names what the block leaked, the line that made it and who holds it."""
+        __tracebackhide__ = True
         if leaks := self.leaks:
             total = format_size(sum(leak.num_bytes for leak in leaks))
             raise AssertionError(
                 f"{total} left behind:\n" + "\n".join(f"  {leak}" for leak in leaks[:_LARGEST])
             )
 
-    def summary(self) -> str:
-        """A few lines for people: peak, categories, largest tensors, leaks, notes."""
+    def figures(self) -> str:
+        """A few lines for people: peak, categories, the largest tensors, notes; empty before the end."""
+        if self._peak is None:
+            return ""
         limit = f", limit {format_size(self.limit)}" if self.limit else ""
-        lines = [f"peak {format_size(self.peak_bytes)} on {self.device}{limit}: "
-                 f"{categories.describe(self.by_category)}"]  # fmt: skip
-        lines += [f"  {large}" for large in self.largest[:3]]
-        if not isinstance(self._left, str):
-            lines += [f"  left: {leak}" for leak in self.leaks[:3]]
+        head = f"peak {format_size(self.peak_bytes)} on {self.device}{limit}"
+        lines = [f"{head}: {categories.describe(self.by_category)}"]
+        lines += [f"  {large}" for large in self.largest[:_SHOWN]]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+    def _passing(self) -> list[Record]:
+        """What should be gone; gradients and optimizer state stay with their parameters."""
+        stay = (categories.GRADIENTS, categories.OPTIMIZER_STATE)
+        return [record for record in self._meter.made_here() if record.category not in stay]
+
+    def _num_bytes_left(self) -> int:
+        return sum(record.num_bytes for record in self._passing())
 
     def _default_device(self) -> torch.device:
         # Asking CUDA for more than whether it is in use would begin to use it.
@@ -221,11 +235,6 @@ def _meter(limit: int | None, device: torch.device) -> Meter:
     from pytest_gputrain.memory.on_cuda import CudaMeter
 
     return CudaMeter(limit, device)
-
-
-def _is_passing(record: Record) -> bool:
-    """Whether it should be gone after the block; gradients and optimizer state stay with their parameters."""
-    return record.category not in (categories.GRADIENTS, categories.OPTIMIZER_STATE)
 
 
 def _large(record: Record) -> Large:

@@ -52,7 +52,7 @@ class Ledger:
         record.key, record.leaf = storage._cdata, 0
         record.num_bytes = storage.nbytes()
         record.category, record.op, record.inside = category, op, op is not None
-        record.shape = (tuple(tensor.shape), tensor.dtype)
+        record.shape = (_shape(tensor), tensor.dtype)
         record.lines = creating_lines() if op is not None and record.num_bytes >= NOTED_BYTES else None
         self._clock += 1
         record.born = self._clock
@@ -106,6 +106,14 @@ class Ledger:
             self.in_use -= record.num_bytes
             if record.born <= self._peak_clock:
                 self._freed_since.append(record)
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    """The sizes of a tensor, -1 for one that is no number; nothing for a nested tensor, which has none."""
+    try:
+        return tuple(size if isinstance(size, int) else -1 for size in tensor.shape)
+    except RuntimeError:
+        return ()
 
 
 def _summed(records: Iterable[Record]) -> dict[str, int]:

@@ -12,7 +12,7 @@ import torch
 from pytest_gputrain.memory import categories
 from pytest_gputrain.memory.ledger import Record
 from pytest_gputrain.memory.lines import location
-from pytest_gputrain.memory.references import Holder, holders_of
+from pytest_gputrain.memory.references import Holder, Walk
 from pytest_gputrain.memory.storages import storages_of
 from pytest_gputrain.values import format_size
 
@@ -77,20 +77,30 @@ class _Finder:
 
     def __init__(self, keys: set[int]) -> None:
         tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
-        named = [(key, tensor) for tensor in tensors for key in _keys(tensor) if key in keys]
-        roots = [tensor for tensor in tensors if _graph_of(tensor) is not None]
-        holders = holders_of([*(tensor for _, tensor in named), *roots])
+        self._named = [(key, tensor) for tensor in tensors for key in _keys(tensor) if key in keys]
+        self._roots = [tensor for tensor in tensors if _graph_of(tensor) is not None]
+        self._keys = keys
         self._direct: dict[int, Holder] = {}
-        for key, tensor in named:
-            if id(tensor) in holders:
-                self._direct.setdefault(key, holders[id(tensor)])
         self._by_graph: dict[int, Holder] = {}
+        walk = Walk()
+        walk.near()
+        self._resolve(walk)
+        if len(self._direct.keys() | self._by_graph.keys()) < len(keys):
+            walk.far()
+            self._resolve(walk)
+        self._named.clear()
+        self._roots.clear()
+
+    def _resolve(self, walk: Walk) -> None:
+        for key, tensor in self._named:
+            if key not in self._direct and (holder := walk.holder(tensor)):
+                self._direct[key] = holder
         seen: set[Any] = set()
-        for tensor in roots:
-            if id(tensor) in holders and len(self._direct) + len(self._by_graph) < len(keys):
+        for tensor in self._roots:
+            if holder := walk.holder(tensor):
                 for key in _saved_keys(_graph_of(tensor), seen):
-                    if key in keys and key not in self._direct:
-                        self._by_graph.setdefault(key, holders[id(tensor)])
+                    if key in self._keys and key not in self._direct:
+                        self._by_graph.setdefault(key, holder)
 
     def variable(self, key: int) -> tuple[str, str, bool]:
         """(name, place, by its graph) of the variable that holds it; empty where there is none."""

@@ -19,8 +19,11 @@ _REFERENCE = _OURS + "reference" + os.sep
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 _LIBRARIES = ("/site-packages/", "/dist-packages/")
 _MACHINERY_OF_TESTS = ("/_pytest/", "/pluggy/", "/pytest.py")
-# The frame that stands around whatever torch.compile was asked to compile, also where it runs it uncompiled.
-_COMPILED = os.path.join(_TORCH, "_dynamo", "eval_frame.py")
+# The frame around whatever torch.compile was given, also where torch runs that uncompiled (since torch 2.7).
+_COMPILED = (os.path.join(_TORCH, "_dynamo", "eval_frame.py"), "compile_wrapper")
+_DDP = os.path.join(_TORCH, "nn", "parallel", "distributed.py")
+# Frames that may stand between who runs torch and who watches.
+_BETWEEN = (os.path.join(_OURS, "memory"), os.path.join(_TORCH, "_compile.py"), _COMPILED[0])
 
 _USERS, _LIBRARY, _MACHINERY = range(3)
 
@@ -44,6 +47,19 @@ def raising_lines(trace: TracebackType | None) -> Lines:
     return _picked(reversed(inward))
 
 
+def without_ours(trace: TracebackType | None) -> TracebackType | None:
+    """The traceback up to whoever ran torch: what this package and torch add below that says nothing."""
+    links: list[TracebackType] = []
+    while trace is not None:
+        links.append(trace)
+        trace = trace.tb_next
+    while len(links) > 1 and links[-1].tb_frame.f_code.co_filename.startswith(_BETWEEN):
+        links.pop()
+    for link in reversed(links):
+        trace = TracebackType(trace, link.tb_frame, link.tb_lasti, link.tb_lineno)
+    return trace
+
+
 def location(lines: Lines) -> str | None:
     """``train.py:57 in step``, and ``, through modeling_gpt2.py:310 in forward`` in a library."""
     told = [f"{Path(file).name}:{number} in {name}" for file, number, name in filter(None, lines)]
@@ -54,10 +70,18 @@ def is_under_compile() -> bool:
     """Whether this runs inside a function that torch.compile was given."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename == _COMPILED:
+        if frame.f_code.co_name == _COMPILED[1] and frame.f_code.co_filename == _COMPILED[0]:
             return True
         frame = frame.f_back
     return False
+
+
+def is_of_ddp() -> bool:
+    """Whether DistributedDataParallel itself runs torch right now: it allocates its buckets then."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename == _DDP
 
 
 def is_users(file: str) -> bool:

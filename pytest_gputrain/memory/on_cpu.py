@@ -32,6 +32,7 @@ class CpuMeter:
         self._ledger = Ledger()
         self._accounting = Accounting(self._ledger, self.device, self._refuse)
         self._stack = contextlib.ExitStack()
+        self._drops_gradients = False
 
     def start(self, roots: Sequence[Any]) -> None:
         with contextlib.ExitStack() as stack:
@@ -39,14 +40,19 @@ class CpuMeter:
             for root in roots:
                 self._accounting.owners.adopt(root)
             self._accounting.settle(self._ledger.in_use, None)
+            stack.callback(self._wrap_up)
             stack.enter_context(self._accounting)
             self._stack = stack.pop_all()
 
     def stop(self, *, drop_gradients: bool) -> None:
-        self._accounting.owners.refresh()
-        if drop_gradients:
-            self._accounting.owners.drop_gradients(self._is_of_here)
+        self._drops_gradients = drop_gradients
         self._stack.close()
+
+    def _wrap_up(self) -> None:
+        """Nothing is watched any more, and the owners still know what they have seen."""
+        self._accounting.owners.refresh()
+        if self._drops_gradients:
+            self._accounting.owners.drop_gradients(self._is_of_here)
 
     @property
     def in_use(self) -> int:
@@ -67,7 +73,8 @@ class CpuMeter:
 
     def made_here(self) -> list[Record]:
         """What was made in the block and is still alive."""
-        return [record for record in self._ledger.alive() if record.inside]
+        self._ledger.recount()
+        return [record for record in self._ledger.alive() if record.inside and record.num_bytes]
 
     def notes(self) -> list[str]:
         return [COMPILED] if self._accounting.saw_compiled else []

@@ -33,7 +33,7 @@ class CudaMeter:
         self.device = device
         self._limit = limit
         self._ledger = Ledger()
-        self._owners = Owners(self._mark)
+        self._owners = Owners(self._mark, self._is_here)
         self._peak = 0
         self._there_before: set[int] = set()
         self._stack = contextlib.ExitStack()
@@ -54,13 +54,12 @@ class CudaMeter:
             self._stack = stack.pop_all()
 
     def stop(self, *, drop_gradients: bool) -> None:
-        torch.cuda.synchronize(self.device)
-        self._note_peak()
-        self._owners.refresh()
-        self._ledger.settle()
-        if drop_gradients:
-            self._owners.drop_gradients(self._is_of_here)
-        self._stack.close()
+        with self._stack:  # closed also where the device is beyond help and synchronizing raises
+            torch.cuda.synchronize(self.device)
+            self._note_peak()
+            self._owners.refresh()
+            if drop_gradients:
+                self._owners.drop_gradients(self._is_of_here)
 
     @property
     def in_use(self) -> int:
@@ -99,6 +98,9 @@ class CudaMeter:
                 record = record or self._ledger.charge(storage, tensor, category)
                 record.category = category
         self._ledger.settle()
+
+    def _is_here(self, tensor: torch.Tensor) -> bool:
+        return all(storage.device == self.device for storage in storages_of(tensor))
 
     def _note_peak(self) -> None:
         self._peak = max(self._peak, torch.cuda.max_memory_allocated(self.device))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -27,11 +28,10 @@ _TEXTS = re.compile(
     r"|unable to mmap \d+ bytes .*Cannot allocate memory"
     r"|^std::bad_alloc$"
 )
-# What ends a printed traceback, where an exception of another process is only there as text.
-_LAST_LINE = re.compile(
-    r"^(?:[\w.]*OutOfMemory(?:Error)?|(?:[\w.]*\.)?(?:RuntimeError|AcceleratorError|DistBackendError))\b"
-)
-_OF_ANOTHER_PROCESS = ("ProcessRaisedException", "ChildFailedError")
+# The line of a printed traceback that names the exception: of another process there is only the text.
+_NAMED = re.compile(r"^\s*(?:[A-Za-z_]\w*\.)*(\w*(?:Error|Exception|OutOfMemory))(?:: |$)", re.MULTILINE)
+_OUT_OF_MEMORY = ("OutOfMemoryError", "OutOfMemory", "MemoryError")
+_WITH_TEXT = ("RuntimeError", "AcceleratorError", "DistBackendError")
 # Kinds of RuntimeError that no allocator raises.
 _NEVER = (NotImplementedError, RecursionError)
 # Raised by a bug. With an out-of-memory as mere context, it is a bug in the code that handled that.
@@ -70,8 +70,11 @@ def _is_oom_itself(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     if isinstance(members := getattr(error, "exceptions", None), tuple) and members:
         return all(isinstance(member, BaseException) and is_oom(member) for member in members)
-    if type(error).__name__ in _OF_ANOTHER_PROCESS:
+    if type(error).__name__ == "ProcessRaisedException":  # of torch.multiprocessing.spawn
         return _printed(str(error))
+    if type(error).__name__ == "ChildFailedError":  # of torchrun's agent
+        first: Any = getattr(error, "get_first_failure", None)
+        return first is not None and _printed(str(first()[1].message))
     return isinstance(error, RuntimeError) and not isinstance(error, _NEVER) and _told(str(error))
 
 
@@ -81,8 +84,7 @@ def _told(text: str) -> bool:
 
 def _printed(text: str) -> bool:
     """Whether a printed traceback ends in an out-of-memory."""
-    lines = [line.strip() for line in text.splitlines()]
-    return any(
-        _LAST_LINE.match(line) is not None and ("OutOfMemory" in line.split(":")[0] or _told(line))
-        for line in lines
-    )
+    *_, last = [None, *_NAMED.finditer(text)]
+    if last is None:
+        return False
+    return last[1] in _OUT_OF_MEMORY or (last[1] in _WITH_TEXT and _told(text[last.start() :]))

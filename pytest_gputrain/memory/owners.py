@@ -23,11 +23,15 @@ Mark = Callable[[torch.Tensor, str], None]
 
 
 class Owners:
-    """Context manager: ``mark(tensor, category)`` is called with what modules and optimizers hold."""
+    """Context manager: ``mark(tensor, category)`` is called with what modules and optimizers hold.
 
-    def __init__(self, mark: Mark) -> None:
+    ``is_known(tensor)``: whether it is in the books, which modules that nobody uses are not to fill.
+    """
+
+    def __init__(self, mark: Mark, is_known: Callable[[torch.Tensor], bool]) -> None:
         self.stepping = False
         self._mark = mark
+        self._is_known = is_known
         self._hooked: dict[int, weakref.ref[torch.Tensor]] = {}
         self._modules: list[weakref.ref[torch.nn.Module]] = []
         self._optimizers: dict[int, weakref.ref[Any]] = {}
@@ -72,10 +76,13 @@ class Owners:
         for optimizer in [reference() for reference in self._optimizers.values()]:
             if optimizer is not None:
                 self._adopt_optimizer(optimizer)
-        given = [reference() for reference in self._modules]
-        for module in given or _live_modules():
-            if module is not None:
-                self._adopt_module(module)
+        given = [module for reference in self._modules if (module := reference()) is not None]
+        for module in given:
+            self._adopt_module(module)
+        for module in [] if given else _live_modules():
+            for buffer in module.buffers(recurse=False):
+                if self._is_known(buffer):
+                    self._mark(buffer, categories.BUFFERS)
 
     def drop_gradients(self, of_here: Callable[[torch.Tensor], bool]) -> None:
         """Drop the gradients of which ``of_here`` says that they were made under the guard."""

@@ -1,8 +1,8 @@
 """Which variable keeps an object alive, as a person would say it: ``history[0] in train at train.py:31``.
 
-One walk through everything that Python code can reach, from the variables of running functions (the innermost
-first) and the globals of modules (the user's first), until all objects asked for are found. What only C++
-holds, as what autograd saves for backward, is not reached.
+A walk through what Python code can reach, from the variables of running functions (the innermost first) and
+the globals of modules (the user's first). What only C++ holds, as what autograd saves for backward, is not
+reached.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import CO_OPTIMIZED
 from pathlib import Path
@@ -45,25 +45,47 @@ class _Local:
     place: str
 
 
-def holders_of(targets: Iterable[object]) -> dict[int, Holder]:
-    """The nearest holder of each target, by its ``id``; none for those that no Python variable reaches."""
-    wanted = {id(target) for target in targets}
-    came_from: dict[int, Any] = {}
-    queue: deque[Any] = deque()
-    for root, value in [*_locals(), *_globals()]:
-        if id(value) not in came_from:
-            came_from[id(value)] = root
-            queue.append(value)
-    found: dict[int, Holder] = {}
-    while queue and len(found) < len(wanted):
-        parent = queue.popleft()
-        if id(parent) in wanted and id(parent) not in found:
-            found[id(parent)] = _holder(parent, came_from)
-        for child in gc.get_referents(parent):
-            if id(child) not in came_from and type(child) not in _LEAVES:
-                came_from[id(child)] = parent
-                queue.append(child)
-    return found
+class Walk:
+    """What Python code can reach; ``near`` first, and ``far`` only for what is not found there."""
+
+    def __init__(self) -> None:
+        self._came_from: dict[int, Any] = {}
+        self._queue: deque[Any] = deque()
+        self._far: list[Any] = []
+        self._tables = {id(vars(module)) for module in _modules()}
+
+    def near(self) -> None:
+        """Walk what running functions and the user's modules hold, not through code that they use."""
+        for root, value in [*_locals(), *_globals(of_users=True)]:
+            self._reach(root, value)
+        while self._queue:
+            parent = self._queue.popleft()
+            for child in gc.get_referents(parent):
+                if type(child) in _LEAVES or id(child) in self._came_from:
+                    continue
+                if isinstance(child, ModuleType | type) or id(child) in self._tables:
+                    self._far.append((parent, child))
+                else:
+                    self._reach(parent, child)
+
+    def far(self) -> None:
+        """Walk everything else: it takes a second."""
+        for root, value in [*self._far, *_globals(of_users=False)]:
+            self._reach(root, value)
+        while self._queue:
+            parent = self._queue.popleft()
+            for child in gc.get_referents(parent):
+                if type(child) not in _LEAVES:
+                    self._reach(parent, child)
+
+    def holder(self, target: object) -> Holder | None:
+        """Who holds it; None if nothing that was walked does."""
+        return _holder(target, self._came_from) if id(target) in self._came_from else None
+
+    def _reach(self, parent: Any, child: Any) -> None:
+        if id(child) not in self._came_from:
+            self._came_from[id(child)] = parent
+            self._queue.append(child)
 
 
 def _holder(target: Any, came_from: dict[int, Any]) -> Holder:
@@ -83,10 +105,16 @@ def _module_place(module: ModuleType) -> str:
     return Path(file).name if file and is_users(file) else module.__name__
 
 
-def _globals() -> Iterator[tuple[ModuleType, Any]]:
-    modules = [module for module in [*sys.modules.values()] if isinstance(module, ModuleType)]
-    modules.sort(key=lambda module: not is_users(getattr(module, "__file__", None) or "<frozen"))
-    return ((module, vars(module)) for module in modules)
+def _globals(*, of_users: bool) -> Iterator[tuple[ModuleType, Any]]:
+    return (
+        (module, vars(module))
+        for module in _modules()
+        if is_users(getattr(module, "__file__", None) or "<frozen") is of_users
+    )
+
+
+def _modules() -> list[ModuleType]:
+    return [module for module in [*sys.modules.values()] if isinstance(module, ModuleType)]
 
 
 def _locals() -> Iterator[tuple[_Local, Any]]:
@@ -102,9 +130,10 @@ def _locals() -> Iterator[tuple[_Local, Any]]:
 
 
 def _locals_of(frame: FrameType) -> list[tuple[_Local, Any]]:
-    if not frame.f_code.co_flags & CO_OPTIMIZED:
-        return []  # of a module: its globals
     code = frame.f_code
+    if not code.co_flags & CO_OPTIMIZED:  # of a module that is being run, whose variables are its globals
+        place = f"{Path(code.co_filename).name}:{frame.f_lineno}"
+        return [(_Local(name, place), value) for name, value in frame.f_globals.items()]
     place = f"{code.co_name} at {Path(code.co_filename).name}:{frame.f_lineno}"
     values = frame.f_locals
     found = [(_Local(name, place), value) for name, value in values.items()]

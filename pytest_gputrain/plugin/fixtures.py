@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_gputrain.batch.finder import BatchFinder
-    from pytest_gputrain.memory.guard import OomGuard
     from pytest_gputrain.plugin.launcher import PytestLauncher
+    from pytest_gputrain.plugin.memory import GuardMaker
     from pytest_gputrain.trace.gradients import GradTracer
 
 
@@ -66,11 +66,15 @@ def grad_tracer() -> type[GradTracer]:
 
 
 @pytest.fixture
-def oom_guard() -> type[OomGuard]:
-    """Return ``oom_guard(limit=None, device=None)``, a context manager: a block of training under a limit."""
-    from pytest_gputrain.memory.guard import OomGuard
+def oom_guard(request: pytest.FixtureRequest) -> GuardMaker:
+    """Return ``oom_guard(limit=None, device=None)``, a context manager: a block of training under a limit.
 
-    return OomGuard
+    It tells the peak, what that was for, and what the block left behind; an out-of-memory leaves it as
+    ``OutOfMemory``, after the memory has been freed.
+    """
+    from pytest_gputrain.plugin.memory import GuardMaker
+
+    return GuardMaker(request.node)
 
 
 @pytest.fixture

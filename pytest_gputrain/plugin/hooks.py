@@ -107,6 +107,10 @@ def pytest_runtest_makereport(
         from pytest_gputrain.plugin.sections import complete
 
         complete(item, call)
+    if "pytest_gputrain.plugin.memory" in sys.modules:
+        from pytest_gputrain.plugin import memory
+
+        memory.complete(item, call)
     return (yield)
 
 

@@ -14,6 +14,7 @@ SHARED = "gputrain_shared_gpu"
 REFUSED = "gputrain_refused"
 LEASE = "gputrain_lease"
 ARTIFACTS = "gputrain_artifacts"
+PEAK_MEMORY = "gputrain_peak_memory"
 
 
 def add(item: pytest.Item, name: str, value: object) -> None:
