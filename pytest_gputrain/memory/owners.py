@@ -28,7 +28,7 @@ class Owners:
     ``is_known(tensor)``: whether it is in the books, which modules that nobody uses are not to fill.
     """
 
-    def __init__(self, mark: Mark, is_known: Callable[[torch.Tensor], bool]) -> None:
+    def __init__(self, mark: Mark, is_known: Callable[[torch.Tensor], bool] = lambda tensor: False) -> None:
         self.stepping = False
         self._mark = mark
         self._is_known = is_known
