@@ -48,9 +48,11 @@ def unknown(environ: Mapping[str, str]) -> str | None:
 
     An empty one counts as not set, as everywhere.
     """
-    short = [name.removeprefix(PREFIX) for name in NAMES]  # the prefix alone would make all of them alike
-    for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in NAMES and environ[name].strip():
+    ours = [name for name in environ if name.startswith(PREFIX)]
+    for name in sorted(ours):
+        if name not in NAMES and environ[name].strip():
+            # The prefix alone would make all of them alike.
+            short = [known.removeprefix(PREFIX) for known in NAMES]
             near = difflib.get_close_matches(name[len(PREFIX) :], short, n=1)
             way_out = (
                 f"did you mean {PREFIX}{near[0]}?"

@@ -28,8 +28,9 @@ def concluded(
     first = min(failures, default=math.inf) if kind == "script" else math.inf
     ranks = [member.result(folder, supervision.began, ended_after=first) for member in members]
     ranks.sort(key=lambda rank: rank.rank)
-    for rank in ranks:
-        stackdumps.settle(folder / f"rank{rank.rank}", rank.rank)
+    if artifacts.made:  # else nobody has traced
+        for rank in ranks:
+            stackdumps.settle(artifacts.path() / f"rank{rank.rank}", rank.rank)
     scenes = supervision.lookout.scenes
     looked = ending != "complete" or any(member.echoes for member in members)
     found = blame.explain(scenes) if looked else None
@@ -46,7 +47,7 @@ def concluded(
     for rank in ranks:
         rank.fate = blame.fate(scenes[rank.rank]) if rank.rank in scenes else ""
     scene.keep(members, folder, passed=verdict is Verdict.PASSED)
-    agent_output = output.read(folder / "agent0" / "stderr.log")
+    agent_output = output.read(folder / "agent0" / "stderr.log") if kind == "script" else ""
     if supervision.failed_agents and not any(member.failed for member in members):
         verdict, cause = Verdict.CRASHED, _agent_failed(supervision.failed_agents[0], agent_output)
     return LaunchResult(

@@ -17,8 +17,10 @@ from ..devices.sharing import gpus_to_share, label
 from ..devices.shortage import count, describe_found
 from ..devices.visible import visible_gpus
 from ..trace import switches
+from ..variables import PREFIX
 from . import surroundings
 from .errors import LaunchUsageError, TooFewGpus, UnsupportedPlatform
+from .surroundings import reads
 
 DEVICES = ("cpu", "cuda")
 BACKENDS = ("gloo", "nccl", "cpu:gloo,cuda:nccl")
@@ -144,9 +146,17 @@ def tracing(trace: object, environ: Mapping[str, str], *, default: bool) -> dict
     Raises LaunchUsageError.
     """
     try:
+        if trace is None and not default:
+            return _tracing_by_environment(environ)
         found = switches.resolve(trace, environ, default=default)
     except switches.SwitchError as error:
         raise LaunchUsageError(str(error)) from None
+    return found.as_record() if found else None
+
+
+@reads(lambda name: name.startswith(PREFIX))
+def _tracing_by_environment(environ: Mapping[str, str]) -> dict[str, object] | None:
+    found = switches.resolve(None, environ, default=False)
     return found.as_record() if found else None
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 _seen: tuple[dict[Any, Any], dict[str, str]] = {}, {}
 """The environment as it was last, before and after decoding."""
@@ -49,22 +49,27 @@ def patched(before: Mapping[str, str], changed: Mapping[str, str | None]) -> dic
     return {name: value for name, value in both.items() if value is not None}
 
 
-class Remembered:
+_Value = TypeVar("_Value")
+
+
+class Remembered(Generic[_Value]):
     """A function of an environment, evaluated again only if a variable has changed that it reads."""
 
-    def __init__(self, function: Callable[[Mapping[str, str]], Any], reads: Callable[[str], bool]) -> None:
+    def __init__(self, function: Callable[[Mapping[str, str]], _Value], reads: Callable[[str], bool]) -> None:
         self._function, self._reads = function, reads
-        self._last: tuple[Mapping[str, str], Any] | None = None
+        self._last: tuple[Mapping[str, str], _Value] | None = None
 
-    @classmethod
-    def by(cls, reads: Callable[[str], bool]) -> Callable[[Callable[[Mapping[str, str]], Any]], Remembered]:
-        """As a decorator; ``reads`` says of a name whether the function looks at it."""
-        return lambda function: cls(function, reads)
-
-    def __call__(self, environ: Mapping[str, str]) -> Any:
-        """The function's value."""
+    def __call__(self, environ: Mapping[str, str]) -> _Value:
+        """The function's value. Raises what the function raises, every time."""
         last = self._last
         if last is None or any(map(self._reads, differing(environ, last[0]))):
             last = environ, self._function(environ)
         self._last = environ, last[1]
         return last[1]
+
+
+def reads(
+    of_name: Callable[[str], bool],
+) -> Callable[[Callable[[Mapping[str, str]], _Value]], Remembered[_Value]]:
+    """Remembers a function's last value; ``of_name`` says of a variable whether the function looks at it."""
+    return lambda function: Remembered(function, of_name)

@@ -21,7 +21,7 @@ from .conclude import concluded
 from .folder import Folder
 from .member import Member
 from .result import LaunchResult
-from .surroundings import Remembered
+from .surroundings import reads
 from .warm_folder import WarmFolder
 from .warm_ranks import WarmRanks
 from .warm_watch import Stale, WarmSupervision
@@ -92,7 +92,7 @@ def _is_read_at_start(name: str) -> bool:
     return name.startswith(_READ_AT_START) or client.is_read_at_start(name)
 
 
-@Remembered.by(_is_read_at_start)
+@reads(_is_read_at_start)
 def _start_key(environ: Mapping[str, str]) -> Hashable:
     read = tuple(sorted(item for item in environ.items() if item[0].startswith(_READ_AT_START)))
     return client.start_key(environ), read

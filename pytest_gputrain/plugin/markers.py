@@ -49,12 +49,17 @@ def register(config: pytest.Config) -> None:
         config.addinivalue_line("markers", description)
 
 
+_OURS = frozenset({"requires_gpus", "stability", "distributed", "gpu"})
+
+
 def prepare(items: list[pytest.Item]) -> None:
     """Check the arguments of every marker and add ``gpu`` where it follows.
 
     Has to come before pytest's own ``-m``. Raises ``pytest.UsageError`` naming the test and what is legal.
     """
     for item in items:
+        if _OURS.isdisjoint(mark.name for mark in item.iter_markers()):
+            continue
         _validated(item, "requires_gpus", gpu_need)
         _validated(item, "stability", stability_plan)
         if item.get_closest_marker("distributed"):
