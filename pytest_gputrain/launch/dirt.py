@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +39,8 @@ MORE_FILES = 32
 """Open files that ranks may gain over their life: connections and libraries open some."""
 MORE_MEMORY = 1 << 30
 """Bytes that a rank may gain over its life: allocators keep what a large test has freed."""
+RUNNING = ("threads", "child processes")
+"""Probes of what goes on by itself."""
 _LAST_STEPS = 1.0
 """Seconds for threads that were told to end and not waited for: a queue's feeder, a pool's workers."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -61,17 +63,25 @@ class Baseline:
         for name, probe in self._by_call.items():
             self._values[name] = probe()
 
+    def left_running(self) -> list[str]:
+        """A line for each thing that goes on by itself, and so must be known before the call is over."""
+        return self._differences(name for name in RUNNING if name in self._values)
+
     def dirt(self) -> list[str]:
-        """A line for each thing that is not as it was."""
+        """A line for each other thing that is not as it was."""
+        return self._differences(name for name in self._values if name not in RUNNING) + self._growth()
+
+    def _differences(self, names: Iterable[str]) -> list[str]:
         found = []
-        for name, before in self._values.items():
+        for name in names:
+            before = self._values[name]
             try:
                 after = self._probes[name]()
                 if after is not before and after != before:
                     found.append(f"{name}: {changed(before, after)}")
             except Exception as error:  # whatever stops it from being read was left behind too
                 found.append(f"{name} cannot be read any more: {type(error).__name__}: {error}"[:300])
-        return found + self._growth()
+        return found
 
     def _growth(self) -> list[str]:
         found = []

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..devices.visible import VARIABLE
 from . import client, payload, request, scene, sweep, warm
+from .aftermath import Aftermath
 from .conclude import concluded
 from .errors import LaunchError, LaunchUsageError, ServerLost
 from .folder import Folder
@@ -232,7 +233,7 @@ def _warm(spec: dict[str, Any], call: bytes, size: int, folder: Folder) -> Launc
         ranks = [RankResult(rank, "ended") for rank in range(size)]
         lost = Cause(None, "server", str(error))
         return LaunchResult(
-            Verdict.CRASHED, lost, ranks, folder, time.monotonic() - began, recycled=str(error)
+            Verdict.CRASHED, lost, ranks, folder, time.monotonic() - began, aftermath=Aftermath(str(error))
         )
 
 

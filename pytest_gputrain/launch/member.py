@@ -25,6 +25,7 @@ class Member:
         self.restart = 0
         self.report: dict[str, Any] | None = None
         self.body = b""
+        self.rest: list[str] | None = None
         self.exit: dict[str, Any] | None = None
         self.last_moved = time.monotonic()
         self.moving = False
@@ -47,6 +48,10 @@ class Member:
     def reported(self, header: dict[str, Any], body: bytes) -> None:
         """The rank's one report."""
         self.report, self.body = header, body
+
+    def at_rest(self, header: dict[str, Any]) -> None:
+        """What a warm rank has found after its report that the function left behind."""
+        self.rest = header["dirt"]
 
     def exited(self, header: dict[str, Any]) -> None:
         """The rank's process is gone."""

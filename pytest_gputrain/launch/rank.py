@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 import unittest
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -46,6 +46,10 @@ class Link:
             os._exit(0)
         header = {"kind": "report", "state": state, **self._identity, "at": time.monotonic(), **details}
         wire.send(self._sock, header, body)
+
+    def at_rest(self, dirt: Sequence[str]) -> None:
+        """Says of a warm rank what the call that it has reported has left behind."""
+        wire.send(self._sock, {"kind": "rest", "dirt": list(dirt)})
 
     def exited(self, rank: int, restart: int, code: int | None, name: str | None) -> None:
         """Says how a worker process ended; sent by the elastic agent, whose children script ranks are."""

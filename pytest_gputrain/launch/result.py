@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import output
+from .aftermath import Aftermath
 from .folder import Folder
 from .records import Cause, RankResult, Verdict
 
@@ -31,8 +32,7 @@ class LaunchResult:
 
     ``seconds`` runs from the fork of the first rank to the verdict.
     ``exit_code`` is what torchrun would have returned (scripts) or 0 and 1 (functions). ``shared_gpu`` says
-    so where ranks shared GPUs: no figure of such a launch counts as one of several GPUs. ``recycled`` says
-    why the ranks of a warm launch were ended; None if they were kept for the next one.
+    so where ranks shared GPUs: no figure of such a launch counts as one of several GPUs.
     """
 
     verdict: Verdict
@@ -44,7 +44,7 @@ class LaunchResult:
     agent_output: str = ""
     advice: str = ""
     shared_gpu: str | None = None
-    recycled: str | None = None
+    aftermath: Aftermath = field(default_factory=Aftermath, repr=False)
 
     @property
     def artifacts(self) -> Path:
@@ -58,6 +58,14 @@ class LaunchResult:
     @artifacts.setter
     def artifacts(self, path: Path) -> None:
         self.folder = Folder.at(path)
+
+    @property
+    def recycled(self) -> str | None:
+        """Why the ranks of a warm launch were ended; None if they were kept for the next one.
+
+        Ranks look for most of what a function may leave behind after they have reported: this waits for them.
+        """
+        return self.aftermath.reason()
 
     @property
     def values(self) -> list[Any]:

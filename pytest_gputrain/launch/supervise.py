@@ -197,6 +197,8 @@ class Supervision:
                 other.rank = member.rank
             member.hello(header)
             self._restarts_left = self._spec.get("max_restarts", 0) - header["restart"]
+        elif header["kind"] == "rest":
+            member.at_rest(header)
         elif header["restart"] == member.restart:
             member.reported(header, body)
 

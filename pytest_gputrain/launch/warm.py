@@ -14,9 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Mapping
+from functools import partial
 from typing import Any
 
 from . import client, sweep
+from .aftermath import Aftermath
 from .conclude import concluded
 from .folder import Folder
 from .member import Member
@@ -68,6 +70,18 @@ class WarmPool:
         for old in surplus:
             self.recycled.append(f"unused for longest of more than {MOST_IDLE_RANKS} idle ranks")
             old.end()
+
+    def settle(self, ranks: WarmRanks) -> None:
+        """Finds out whether ranks can be used again, and ends them if not."""
+        with self._lock:
+            if idle := ranks in self._idle:
+                self._idle.remove(ranks)
+        reason = ranks.settle()
+        if idle and reason is None:
+            self.put(ranks)
+        elif idle:
+            self.recycled.append(str(reason))
+            ranks.end()
 
     def pids(self) -> list[int]:
         """Processes of the idle ranks."""
@@ -135,7 +149,6 @@ def watched(spec: dict[str, Any], call: bytes, folder: Folder) -> LaunchResult:
         if not in_order:  # KeyboardInterrupt, a timeout's exception, a dead server
             ranks.abandon(folder)
     _hand_back(supervision, result)
-    result.recycled = supervision.recycled
     return result
 
 
@@ -143,13 +156,15 @@ def _hand_back(supervision: WarmSupervision, result: LaunchResult) -> None:
     """The files to the result, and the ranks, if they stay, to the pool."""
     ranks = supervision.ranks
     if supervision.recycled is not None:
+        result.aftermath = Aftermath(supervision.recycled)
         POOL.recycled.append(supervision.recycled)
         ranks.close()
         ranks.server.preload((supervision.members[0].report or {}).get("imported", []))
         client.give_back(ranks.server)
         ranks.folder.hand_over(result.folder)
         return
-    ranks.keep(supervision.members, supervision.told)
+    ranks.keep(supervision.members, supervision.told, partial(POOL.settle, ranks))
+    result.aftermath = ranks.aftermath
     try:
         ranks.folder.hand_out(result.folder, printed=any(rank.output for rank in result.ranks))
     except BaseException:  # a full disk
@@ -161,6 +176,10 @@ def _hand_back(supervision: WarmSupervision, result: LaunchResult) -> None:
 def _resumed(key: Hashable, spec: dict[str, Any], call: bytes) -> WarmSupervision | None:
     """The call in the hands of idle ranks, or None if there are none that can take it."""
     while (ranks := POOL.take(key)) is not None:
+        if (reason := ranks.trouble() or ranks.settle()) is not None:
+            POOL.recycled.append(reason)
+            ranks.end()
+            continue
         # One mark for all calls: it is in the ranks' environment as the kernel shows it.
         supervision = WarmSupervision(ranks, ranks.members(), {**spec, "mark": ranks.mark})
         try:

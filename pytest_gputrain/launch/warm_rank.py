@@ -1,8 +1,8 @@
 """A rank that stays: runs one call after another in the same process and process group.
 
-After each call it looks for what the function left behind and says so with its report. Whether it is used
-again is decided by the launching process, which knows all ranks; a rank that is not wanted any more sees
-the end of its socket and leaves.
+After each call it looks for what the function left behind: for what goes on by itself before it reports, for
+all else afterwards, when nobody waits for it. Whether it is used again is decided by the launching process,
+which knows all ranks; a rank that is not wanted any more sees the end of its socket and leaves.
 """
 
 from __future__ import annotations
@@ -108,13 +108,15 @@ class _Kept:
             body = rank.pack(value, self._number)
             del value
             rank.flush()
-            found = {"dirt": self._dirt(), "figures": self._traffic.figures()}
+            found = {"dirt": self._left_running(), "figures": self._traffic.figures()}
             self._link.report("passed", body, imported=self._imported(), location=location, **found)
         except BaseException as error:
             rank.flush()
             state, details = rank.describe(error)
             self._link.report(state, getattr(error, rank.ATTACHED, b""), **details)
-        dirt_torch.renew()  # what takes time is done now
+        else:
+            self._link.at_rest(self.baseline.dirt())
+        dirt_torch.renew()
 
     def _call(self, call: bytes) -> tuple[object, str | None]:
         target, args, kwargs = payload.unpack_call(call)
@@ -128,11 +130,11 @@ class _Kept:
             self._new_modules = rank.imported_since(self._modules)
         return self._new_modules
 
-    def _dirt(self) -> list[str]:
+    def _left_running(self) -> list[str]:
         # What waits for a collection (a generator, a pool) would act in somebody else's call. What the call
         # made is young: older objects are left to the collections that come by themselves.
         gc.collect(1)
-        found = self._traffic.dirt() + self.baseline.dirt()
+        found = self._traffic.dirt() + self.baseline.left_running()
         return found + dirt_torch.gpu_dirt(self._gpu_memory)
 
 

@@ -43,8 +43,6 @@ class WarmSupervision(Supervision):
 
     def hand_over(self, call: bytes) -> None:
         """Gives the call to ranks that wait for one. Raises Stale as long as none of them has it."""
-        if (trouble := self.ranks.trouble()) is not None:
-            raise Stale(trouble)
         request = self._news()
         self.began = self._last_news = self._last_sample = time.monotonic()
         self._forked = True
