@@ -144,7 +144,7 @@ def _saved_keys(node: Any, seen: set[Any]) -> Iterator[int]:
 
 def _saved_of(node: Any) -> Iterator[torch.Tensor]:
     for name in dir(node):
-        if not name.startswith("_saved_") and name != "saved_tensors":
+        if not name.startswith("_saved_") and name not in ("saved_tensors", "variable"):
             continue
         try:
             value = getattr(node, name)
