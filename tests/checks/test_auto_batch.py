@@ -77,7 +77,7 @@ def test_on_a_users_case_that_a_list_holds(pytester: pytest.Pytester, run_child:
     pytester.makepyfile(my_cases=CASES)
     result = run_child("-v", "--gputrain-case", "my_cases:wide", "-k", "wide-cpu")
     outcomes = result.parseoutcomes()
-    assert outcomes["passed"] >= 9
+    assert outcomes["passed"] >= 10
     assert "failed" not in outcomes
     result.stdout.fnmatch_lines_random("*test_two_ranks?wide-cpu? PASSED*")
 
