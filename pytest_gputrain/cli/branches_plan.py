@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_gputrain.cli.arguments import EXIT_OK, UsageError, positive
+from pytest_gputrain.cli.arguments import EXIT_FAILED, EXIT_OK, UsageError, device, positive
 
 if TYPE_CHECKING:
+    from pytest_gputrain.cli.branches_limit import Limit
     from pytest_gputrain.sweep import Branch, BranchPlan
 
 HEADS = (
@@ -34,7 +36,8 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="plan the branches and write their configurations",
         description="Plan a branch for each k: batch k x the base batch, its learning rate, accumulation for "
         "what fits on a device, and the same number of tokens for all. Batch sizes count sequences.",
-        epilog="Exit codes: 0 planned, 2 bad input (nothing is written then), 130 interrupted.",
+        epilog="Exit codes: 0 planned, 1 no batch fits or the case failed, 2 bad input, 130 interrupted. "
+        "Unless it is 0, nothing is written.",
     )
     parser.set_defaults(run=_plan, command="branches plan")
     add = parser.add_argument
@@ -54,7 +57,16 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     add("--block-size", type=positive, required=True, metavar="N", help="tokens of a sequence")
     add("--tokens", type=_tokens, required=True, metavar="N", help="tokens that every branch sees")
-    add("--max-device-batch", type=positive, required=True, metavar="N", help="most sequences on a device")
+    add(
+        "--max-device-batch",
+        type=_most,
+        required=True,
+        metavar="N",
+        help="most sequences on a device; auto finds it, as find-batch does",
+    )
+    add("--case", metavar="MODULE:ATTR", help="with auto: the training case (default: GPUTRAIN_CASE)")
+    add("--capacity", metavar="SIZE", help='with auto: memory of a device, such as "80GB"')
+    add("--device", type=device, help="with auto: cpu or cuda (default: cuda where there is a GPU)")
     add("--world-size", type=positive, default=1, metavar="N", help="data-parallel ranks (default: 1)")
     add("--name", default="branches", metavar="NAME", help="of the sweep, at Weights & Biases")
     add("--out", type=_out, metavar="DIR", help="where to write; without it the table is all")
@@ -69,6 +81,14 @@ def _rate(text: str) -> float:
     if not 0 < rate < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; give a finite number above 0, such as 3e-4")
     return rate
+
+
+def _most(text: str) -> int | None:
+    """None is what has to be found."""
+    try:
+        return None if text == AUTO else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or {AUTO}") from None
 
 
 def _tokens(text: str) -> int:
@@ -88,29 +108,61 @@ def _out(text: str) -> Path:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from pytest_gputrain.sweep import plan_branches, write_configs
+    from pytest_gputrain.sweep import write_configs
 
-    try:
-        plan = plan_branches(
-            k_values=options.k,
-            base_batch=options.base_batch,
-            base_lr=options.base_lr,
-            block_size=options.block_size,
-            tokens=options.tokens,
-            max_device_batch=options.max_device_batch,
-            world_size=options.world_size,
-            lr_scaling=options.lr_scaling,
-            base_name=options.name,
-        )
+    limit = _limit(options)
+    if limit is None:
+        return EXIT_FAILED
+    with _as_usage():
+        plan = _planned(options, limit.size)
         if options.out is not None:
-            write_configs(plan, options.out, force=options.force)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+            write_configs(plan, options.out, force=options.force, max_device_batch_source=limit.source)
     print("\n".join([*_table([HEADS, *map(_row, plan)]), _budget(plan)]))
+    if options.max_device_batch is None:
+        print(f"at most {limit.size} sequences on a device: {limit.source}")
     if options.out is not None:
         count = f"{len(plan)} configuration{'s' if len(plan) > 1 else ''}"
         print(f"{count} and manifest.json are in {options.out}")
     return EXIT_OK
+
+
+def _limit(options: argparse.Namespace) -> Limit | None:
+    """What fits on a device, given or found; None where it could not be found, which has been told."""
+    from pytest_gputrain.cli.branches_limit import Limit, find_limit, refuse_without_auto
+    from pytest_gputrain.sweep import check_folder
+
+    if options.max_device_batch is not None:
+        refuse_without_auto(options)
+        return Limit(options.max_device_batch, "given")
+    with _as_usage():  # all that can be wrong, before a search that may take long
+        plan = _planned(options, 1)
+        if options.out is not None:
+            check_folder(options.out, force=options.force)
+    return find_limit(options, plan)
+
+
+def _planned(options: argparse.Namespace, max_device_batch: int) -> BranchPlan:
+    from pytest_gputrain.sweep import plan_branches
+
+    return plan_branches(
+        k_values=options.k,
+        base_batch=options.base_batch,
+        base_lr=options.base_lr,
+        block_size=options.block_size,
+        tokens=options.tokens,
+        max_device_batch=max_device_batch,
+        world_size=options.world_size,
+        lr_scaling=options.lr_scaling,
+        base_name=options.name,
+    )
+
+
+@contextlib.contextmanager
+def _as_usage() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _row(branch: Branch) -> tuple[str, ...]:

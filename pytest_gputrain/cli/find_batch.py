@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pytest_gputrain.cli.arguments import (
     EXIT_FAILED,
@@ -126,25 +126,33 @@ def _plot_file(text: str) -> Path:
 
 
 def _find_batch(options: argparse.Namespace) -> int:
-    from pytest_gputrain.cli.find_batch_progress import Progress
-    from pytest_gputrain.launch import LaunchUsageError
-
     out = sys.stderr if options.json == STDOUT else sys.stdout
-    place = chosen_place(options)
-    try:
-        with tempfile.TemporaryDirectory(prefix="gputrain-find-batch-") as temporary:
-            request = checked_request(options, place, Path(temporary) / "progress")
-            answer = _run(
-                request, options, Progress(Path(request.progress), out, f"{request.spec}: {place.told}")
-            )
-    except LaunchUsageError as error:
-        raise UsageError(str(error)) from None
+    answer = search(options, out)
     if answer is None:
         return EXIT_FAILED
     answer = _with_plan(answer, options)
     print(answer.text(), file=out, flush=True)
     _write(answer, options)
     return EXIT_OK if answer.size else EXIT_FAILED
+
+
+def search(options: argparse.Namespace, out: TextIO) -> Answer | None:
+    """Carry out what the subcommand's options ask for, its progress on ``out``.
+
+    An answer of size 0 where nothing fits; None, and told on standard error, where the case's process ended
+    otherwise. Raises UsageError.
+    """
+    from pytest_gputrain.cli.find_batch_progress import Progress
+    from pytest_gputrain.launch import LaunchUsageError
+
+    place = chosen_place(options)
+    try:
+        with tempfile.TemporaryDirectory(prefix="gputrain-find-batch-") as temporary:
+            request = checked_request(options, place, Path(temporary) / "progress")
+            progress = Progress(Path(request.progress), out, f"{request.spec}: {place.told}")
+            return _run(request, options, progress)
+    except LaunchUsageError as error:
+        raise UsageError(str(error)) from None
 
 
 def _run(request: Request, options: argparse.Namespace, progress: Progress) -> Answer | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pytest_gputrain.sweep.branches import Branch, BranchPlan, plan_branches
-from pytest_gputrain.sweep.configs import write_configs
+from pytest_gputrain.sweep.configs import check_folder, write_configs
 from pytest_gputrain.sweep.manifest import Manifest, PlannedBranch, SweepError, read_manifest
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Manifest",
     "PlannedBranch",
     "SweepError",
+    "check_folder",
     "plan_branches",
     "read_manifest",
     "write_configs",

@@ -10,6 +10,7 @@ import pytest
 from pytest_gputrain.cli import main
 from pytest_gputrain.sweep import read_manifest
 
+needs_linux = pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
 DOCS = Path(__file__).parents[2] / "docs" / "branches.md"
 ASKED = [
     *("branches", "plan", "--base-batch", "8", "--base-lr", "3e-4"),
@@ -56,6 +57,7 @@ def test_a_budget_that_comes_out_even(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out.splitlines()[-1] == "every branch sees 10,240 tokens: 80 sequences of 128"
 
 
+AUTO = ["--max-device-batch", "auto"]
 ARGUMENT = "argument {}: {!r} is not legal; give "
 WHOLE = "a whole number of 1 or more"
 
@@ -75,6 +77,18 @@ WHOLE = "a whole number of 1 or more"
         (["--k", "1", "--base-lr", "nan"], ARGUMENT.format("--base-lr", "nan") + "a finite number above 0"),
         (["--k", "1", "--tokens", "1e400"], ARGUMENT.format("--tokens", "1e400") + WHOLE + ", such as"),
         (["--k", "1", "--tokens", "0"], ARGUMENT.format("--tokens", "0") + WHOLE + ", such as"),
+        (
+            ["--k", "1", "--max-device-batch", "0"],
+            ARGUMENT.format("--max-device-batch", "0") + WHOLE + ", or auto",
+        ),
+        (
+            ["--k", "1", "--case", "mine:net"],
+            "--case is for --max-device-batch auto; here it is 32, so leave --case out",
+        ),
+        ([*AUTO, "--k", "1", "--tokens", "99"], "99 tokens are 0 sequences of 128"),
+        ([*AUTO, "--k", "1"], "no case given; give MODULE:ATTR"),
+        ([*AUTO, "--k", "1", "--case", "net"], "case: 'net' is not MODULE:ATTR"),
+        ([*AUTO, "--k", "1", "--case", "mine:net", "--capacity", "much"], "--capacity: 'much' is not a size"),
         (["--k", "1", "--tokens", "99"], "99 tokens are 0 sequences of 128, fewer than the 8 (1 x 8)"),
         (["--k", "1", "--world-size", "3"], "k 1 makes a batch of 1 x 8 = 8, which 3 ranks cannot share"),
         (["--k", "1", "--name", "a b"], "base_name is 'a b'; legal are"),
@@ -113,3 +127,59 @@ def test_force_replaces_another_plan(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "holds another plan" in capsys.readouterr().err
     assert code_of([*ASKED, "--k", "2", *out, "--force"]) == 0
     assert [branch.k for branch in read_manifest(tmp_path)] == [2]
+
+
+CASE = """
+import torch
+from torch import nn
+from pytest_gputrain import TrainingCase
+
+net = TrainingCase(
+    name="net",
+    model=lambda: nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)),
+    batch=lambda batch_size, device: torch.randn(batch_size, 64, 64, device=device),
+    loss=lambda model, batch: model(batch).square().mean(),
+)
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The options that find what fits for a small case."""
+    (tmp_path / "mine.py").write_text(CASE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GPUTRAIN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return [*AUTO, "--case", "mine:net", "--device", "cpu", "--block-size", "64", "--out", "configs"]
+
+
+@needs_linux
+def test_the_limit_is_found_as_find_batch_finds_it(
+    net: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of([*ASKED, *net, "--k", "1", "4", "--capacity", "2MB"]) == 0
+    said, told = capsys.readouterr()
+    manifest = read_manifest("configs")
+    limit = manifest.base["max_device_batch"]
+    assert 1 <= limit < 32
+    assert f"device batch size {limit}: peak " in told and f"{limit + 1} ran out of memory" in told
+    source = "measured for the case net on cpu within 1.9 MiB"
+    assert f"at most {limit} sequences on a device: {source}\n" in said
+    assert manifest.base["max_device_batch_source"] == source
+    assert max(branch.values["device_batch_size"] for branch in manifest) <= limit
+    # A folder that would be refused is refused before anything is searched.
+    assert code_of([*ASKED, *net, "--k", "1", "--capacity", "2MB"]) == 2
+    said, told = capsys.readouterr()
+    assert said == "" and "holds another plan" in told and told.count("\n") == 1
+
+
+@needs_linux
+@pytest.mark.slow
+def test_nothing_is_planned_where_nothing_fits(
+    net: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code_of([*ASKED, *net, "--k", "1", "--capacity", "70KB"]) == 1
+    said, told = capsys.readouterr()
+    assert said == ""
+    assert "net does not fit: batch size 1 runs out of memory" in told
+    assert not (tmp_path / "configs").exists()
