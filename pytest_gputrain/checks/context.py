@@ -21,7 +21,9 @@ class CheckContext:
 
     timeout: seconds one launch may take; None is the launcher's own. batch_size: samples a rank and step,
     even, because it is also split in two. launcher: what starts ranks; None is the pytest session's, with
-    its options, and outside pytest the package's own. Raises ValueError for a value that is not legal.
+    its options, and outside pytest the package's own. finder: what looks for a batch size, a function or
+    "module:attribute" (``checks.batch_finders`` says how it is called); None is ``find_batch``.
+    Raises ValueError for a value that is not legal.
     """
 
     device: str = "cpu"
@@ -30,6 +32,7 @@ class CheckContext:
     seed: int = 1234
     batch_size: int = 4
     launcher: Any = None
+    finder: Any = None
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:

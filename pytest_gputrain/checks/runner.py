@@ -28,22 +28,25 @@ def run_checks(
     timeout: float | None = None,
     on_result: OnResult | None = None,
     launcher: Any = None,
+    finder: Any = None,
 ) -> list[CheckResult]:
     """One result a check, in the order asked for (default: all, in their own order).
 
-    timeout: seconds one launch may take; on_result: called as each result comes; launcher: starts the
-    ranks, default the package's own. A check in ``case.expected_failures`` that fails is ``skipped``, with
-    the reason; one that passes is ``failed``. Once ``ddp_completes`` failed with a hang, ``ddp_parity`` and
-    ``ddp_data_differs`` are ``skipped``.
-    Raises ValueError (CaseError) with one line for an unknown check, or a case whose model cannot be built
-    or whose batch cannot be drawn, and LaunchUsageError (a ValueError) for what no launch can be asked.
+    timeout: seconds one launch may take; on_result: called as each result comes; launcher: starts the ranks,
+    default the package's own; finder: looks for a batch size, default ``find_batch``. A check in
+    ``case.expected_failures`` that fails is ``skipped``, with the reason; one that passes is ``failed``. Once
+    ``ddp_completes`` failed with a hang, ``ddp_parity`` and ``ddp_data_differs`` are ``skipped``. Raises
+    ValueError (CaseError) with one line for an unknown check, or a case whose model cannot be built or whose
+    batch cannot be drawn, and LaunchUsageError (a ValueError) for what no launch can be asked.
     """
     if not isinstance(case, TrainingCase):
         raise ValueError(
             f"case is a {type(case).__name__}; give a TrainingCase, or load_case('MODULE:ATTR')[0]"
         )
     ids = chosen_ids(checks)
-    ctx = CheckContext(device=device, world_size=world_size, timeout=timeout, launcher=launcher)
+    ctx = CheckContext(
+        device=device, world_size=world_size, timeout=timeout, launcher=launcher, finder=finder
+    )
     preflight(case, ctx)
     results: list[CheckResult] = []
     for check_id in ids:

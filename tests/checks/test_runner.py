@@ -21,12 +21,18 @@ IDS = [
     "ddp_completes",
     "ddp_parity",
     "ddp_data_differs",
+    "batch_size_found",
+    "batch_size_holds",
 ]
 
 
 def test_ids_are_the_designs() -> None:
     assert all_check_ids() == IDS
-    assert {get_check(check_id).subject for check_id in IDS} == {"gradient flow", "data parallel"}
+    assert {get_check(check_id).subject for check_id in IDS} == {
+        "gradient flow",
+        "data parallel",
+        "batch size",
+    }
 
 
 def test_results_come_in_the_order_asked_for_and_as_they_are_made() -> None:

@@ -25,6 +25,11 @@ def bucketed_batches() -> Iterator[Any]:
         yield {"x": x, "y": torch.randint(4, (4,)), "positions": positions, "mask": torch.ones(4, length)}
 
 
+def longest_bucket(batch_size: int, device: Any) -> Any:
+    x = torch.randn(batch_size, 12, WIDTH)
+    return {"x": x.to(device), "y": torch.randint(4, (batch_size,)).to(device)}
+
+
 def pooled_loss(model: Any, batch: Any) -> Tensor:
     out = model(batch["x"])
     return F.cross_entropy(out.mean(1) if out.dim() == 3 else out, batch["y"])
@@ -32,7 +37,9 @@ def pooled_loss(model: Any, batch: Any) -> Tensor:
 
 @healthy
 def length_buckets_all_ranks_share() -> TrainingCase:
-    return case("length_buckets_all_ranks_share", batches=bucketed_batches, loss=pooled_loss)
+    return case(
+        "length_buckets_all_ranks_share", batch=longest_bucket, batches=bucketed_batches, loss=pooled_loss
+    )
 
 
 def batches_of_one_task() -> Iterator[Any]:

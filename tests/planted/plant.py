@@ -20,13 +20,15 @@ class Plant:
     """A program and what the checks must say of it.
 
     fails: check id -> a fragment of the message; may_fail: checks that the same defect may trip as well.
-    Healthy programs have neither. timeout: seconds for its launches; hangs are ended by it.
+    Healthy programs have neither. timeout: seconds for its launches; hangs are ended by it. finder: what
+    looks for a batch size, where that is what is planted; None is the package's own.
     """
 
     case: Callable[[], TrainingCase]
     fails: Mapping[str, str] = field(default_factory=dict)
     may_fail: frozenset[str] = frozenset()
     timeout: float = 60.0
+    finder: Any = None
 
     @property
     def name(self) -> str:
@@ -38,12 +40,16 @@ HEALTHY: list[Plant] = []
 
 
 def broken(
-    fails: Mapping[str, str], *, may_fail: tuple[str, ...] = (), timeout: float = 60.0
+    fails: Mapping[str, str],
+    *,
+    may_fail: tuple[str, ...] = (),
+    timeout: float = 60.0,
+    finder: Any = None,
 ) -> Callable[[Callable[[], TrainingCase]], Callable[[], TrainingCase]]:
     """Register a broken program under its function's name."""
 
     def register(case: Callable[[], TrainingCase]) -> Callable[[], TrainingCase]:
-        BROKEN.append(Plant(case, fails, frozenset(may_fail), timeout))
+        BROKEN.append(Plant(case, fails, frozenset(may_fail), timeout, finder))
         return case
 
     return register

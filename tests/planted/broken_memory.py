@@ -1,0 +1,157 @@
+"""Broken in how much memory training takes: it grows, or comes late, or was never as small as it looked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pytest_gputrain.case import TrainingCase
+from tests.planted.broken_finders import Deep, tokens
+from tests.planted.healthy_models import next_token_loss
+from tests.planted.plant import WIDTH, Net, broken, case, loss
+
+history: list[Tensor] = []
+
+
+def remembered_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+    optimizer.zero_grad()
+    value = loss(model, micro_batches[0])
+    value.backward(retain_graph=True)
+    history.append(value)
+    optimizer.step()
+    return value
+
+
+@broken(
+    {"batch_size_holds": "in list history of module tests.planted.broken_memory"},
+    may_fail=("batch_size_found", "gradients_arrive", "ddp_completes"),
+)
+def losses_kept_with_their_graph() -> TrainingCase:
+    return case("losses_kept_with_their_graph", step=remembered_step)
+
+
+class Remembers(Net):
+    """Keeps what it saw, for a picture that nobody draws."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        if self.training:
+            self.seen.append(out.detach())
+        return out
+
+
+@broken({"batch_size_holds": "in list seen of a Remembers"}, may_fail=("batch_size_found",))
+def outputs_kept_by_the_model() -> TrainingCase:
+    return case("outputs_kept_by_the_model", model=Remembers)
+
+
+def remembering_step() -> Any:
+    kept: dict[int, Tensor] = {}
+
+    def step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+        optimizer.zero_grad()
+        features = model.blocks[0](micro_batches[0]["x"])
+        kept[len(kept)] = features.mean(1)
+        value = loss(model, micro_batches[0])
+        value.backward()
+        optimizer.step()
+        return value.detach()
+
+    return step
+
+
+@broken({"batch_size_holds": "in dict kept of the closure remembering_step"}, may_fail=("batch_size_found",))
+def features_kept_by_a_closure() -> TrainingCase:
+    return case("features_kept_by_a_closure", step=remembering_step())
+
+
+def ragged_draw(batch_size: int, device: Any) -> Any:
+    """As short as most are."""
+    return sentences(batch_size, 8, device)
+
+
+def sentences(batch_size: int, length: int, device: Any) -> Any:
+    tokens = torch.randint(32, (batch_size, length + 1)).to(device)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def one_long_among_short() -> Iterator[Any]:
+    for index in range(40):
+        yield sentences(4, 64 if index == 30 else 8, torch.device("cpu"))
+
+
+@broken({"batch_size_holds": "memory runs out in batch 30 of batches(): (5, 64) and (5, 64), where "})
+def longer_sequences_come_later() -> TrainingCase:
+    return tokens("longer_sequences_come_later", batch=ragged_draw, batches=one_long_among_short)
+
+
+class PoolByLength(Deep):
+    """A workspace for each length, kept: memory is in pieces that no other length can use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool: dict[int, Tensor] = {}
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        length = tokens.shape[1]
+        if length not in self.pool or len(self.pool[length]) < len(tokens):
+            self.pool[length] = torch.zeros(len(tokens), length, 16 * WIDTH)
+        out: Tensor = super().forward(tokens) + self.pool[length].mean()
+        return out
+
+
+def every_length() -> Iterator[Any]:
+    for index in range(40):
+        yield sentences(4, 8 - index % 8, torch.device("cpu"))
+
+
+@broken({"batch_size_holds": "of batches()"})
+def pool_in_pieces_by_length() -> TrainingCase:
+    return tokens("pool_in_pieces_by_length", model=PoolByLength, batch=ragged_draw, batches=every_length)
+
+
+class AveragesLate:
+    """Keeps a moving average of the weights from the sixth step on."""
+
+    def __init__(self) -> None:
+        self.average: Any = None
+
+    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+        optimizer.zero_grad()
+        value = next_token_loss(model, micro_batches[0])
+        value.backward()
+        optimizer.step()
+        steps = int(next(iter(optimizer.state.values()))["step"])
+        if steps == 6:
+            self.average = [[p.detach().clone() for p in model.parameters()] for _ in range(2)]
+        elif steps < 6:
+            self.average = None
+        return value.detach()
+
+
+@broken({"batch_size_holds": "memory runs out in step"}, may_fail=("ddp_parity",))
+def average_of_the_weights_comes_late() -> TrainingCase:
+    return tokens("average_of_the_weights_comes_late", step=AveragesLate())
+
+
+def misspelt_loss(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["x"]), batch["y"], reduce_by="mean")  # type: ignore[call-arg]
+
+
+@broken(
+    {
+        "batch_size_found": "TypeError: cross_entropy() got an unexpected keyword argument 'reduce_by'",
+        "batch_size_holds": "TypeError: cross_entropy() got an unexpected keyword argument 'reduce_by'",
+    },
+    may_fail=("gradients_arrive", "optimizer_covers", "ddp_completes", "ddp_parity"),
+)
+def type_error_in_the_loss() -> TrainingCase:
+    return case("type_error_in_the_loss", loss=misspelt_loss)
