@@ -41,6 +41,7 @@ def write_configs(
         _refuse_occupied(folder, there, force=force)
         with _told(folder), _made(folder):
             _replace(folder, texts, stale=there - texts.keys())
+            _check_alone(folder, texts)
     return read_manifest(folder)
 
 
@@ -178,6 +179,18 @@ def _replace(folder: Path, texts: Mapping[str, bytes], *, stale: set[str]) -> No
             with contextlib.suppress(OSError):
                 path.unlink()
         raise
+
+
+def _check_alone(folder: Path, texts: Mapping[str, bytes]) -> None:
+    """Whether another plan came in between. Whoever writes its manifest last sees what both have left, so a
+    mixture of them never stays.
+    """
+    if _holds(folder, texts, _planned_in(folder)):
+        return
+    with contextlib.suppress(SweepError):  # what cannot be read is no plan anyway
+        if any(branch.edited for branch in read_manifest(folder)):
+            (folder / MANIFEST).unlink(missing_ok=True)
+    raise SweepError(f"{folder}: another plan was written there at the same time; plan again")
 
 
 def _unfinished(folder: Path, name: str) -> Path:

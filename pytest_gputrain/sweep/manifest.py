@@ -18,6 +18,19 @@ MANIFEST = "manifest.json"
 FORMAT, VERSION = "pytest-gputrain branches", 1
 # Plain names in the folder of the manifest, so that logs and results named after them stay in theirs.
 CONFIG_NAME = re.compile(r"branch_k[1-9][0-9]*\.py")
+# What the branches come from, and its types in JSON.
+BASE: Mapping[str, type | tuple[type, ...]] = {
+    "name": str,
+    "batch": int,
+    "learning_rate": (int, float),
+    "lr_scaling": str,
+    "block_size": int,
+    "tokens": int,
+    "tokens_asked": int,
+    "world_size": int,
+    "max_device_batch": int,
+    "max_device_batch_source": str,
+}
 _PLAN_AGAIN = "plan again with gputrain branches plan --force"
 
 
@@ -39,10 +52,7 @@ class PlannedBranch:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The branches planned into ``folder``, in their order; iterates over them. ``base``: what they come from
-    (name, batch, learning_rate, lr_scaling, block_size, tokens, tokens_asked, world_size, max_device_batch,
-    max_device_batch_source).
-    """
+    """The branches planned into ``folder``, in their order; iterates over them. base: as in ``BASE``."""
 
     folder: Path
     base: Mapping[str, Any]
@@ -108,8 +118,11 @@ def _document(folder: Path) -> dict[str, Any]:
 
 def _wrong_shape(document: Mapping[str, Any]) -> str | None:
     base, entries = document.get("base"), document.get("branches")
-    if not isinstance(base, dict) or type(base.get("tokens")) is not int:
-        return "base.tokens is missing"
+    if not isinstance(base, dict):
+        return "base is missing"
+    for key, kind in BASE.items():
+        if not isinstance(base.get(key), kind) or isinstance(base[key], bool):
+            return f"base.{key} is missing or not what it was"
     if not isinstance(entries, list) or not entries:
         return "it names no branch"
     for number, entry in enumerate(entries):

@@ -1,7 +1,8 @@
 """Ends `write_configs` at every single thing that it does to the disk, and looks at what is left.
 
-Run as a script with a folder to work in; prints which ends were met as JSON. Killing is `os._exit` in a
-forked process, interrupting is KeyboardInterrupt, both out of an audit hook.
+Run as a script with a folder to work in; prints what was left, each time, as JSON. Killing is `os._exit` in a
+forked process, interrupting is KeyboardInterrupt, overtaking is another plan written there meanwhile; all
+out of an audit hook.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def plan_of(*ks: int, lr: float) -> BranchPlan:
     )
 
 
-OLD, NEW = plan_of(1, 2, 4, lr=1e-3), plan_of(2, 8, lr=2e-3)
+OLD, NEW, OTHER = plan_of(1, 2, 4, lr=1e-3), plan_of(2, 8, lr=2e-3), plan_of(2, 8, lr=3e-3)
 
 
 def state_of(folder: Path) -> str:
@@ -36,19 +37,23 @@ def state_of(folder: Path) -> str:
         assert "it holds no manifest.json" in told or "there is no such folder" in told, told
         return "none"
     assert not any(branch.edited for branch in manifest)
-    return {1e-3: "old", 2e-3: "new"}[manifest.base["learning_rate"]]
+    return {1e-3: "old", 2e-3: "new", 3e-3: "other"}[manifest.base["learning_rate"]]
 
 
-def die() -> None:
+def die(folder: Path) -> None:
     os._exit(KILLED)
 
 
-def interrupt() -> None:
+def interrupt(folder: Path) -> None:
     raise KeyboardInterrupt
 
 
-def ended_at(number: int, folder: Path, end: Callable[[], None]) -> bool:
-    """Write the new plan in a forked process that ends at its ``number``-th event; False if it has fewer."""
+def overtake(folder: Path) -> None:
+    write_configs(OTHER, folder, force=True)
+
+
+def reached(number: int, folder: Path, happen: Callable[[Path], None]) -> bool:
+    """Write the new plan in a forked process, at the ``number``-th event of which something happens."""
     pid = os.fork()
     if pid == 0:
         left = number
@@ -58,33 +63,36 @@ def ended_at(number: int, folder: Path, end: Callable[[], None]) -> bool:
             if event in EVENTS:
                 left -= 1
                 if left == 0:
-                    end()
+                    happen(folder)
 
         sys.addaudithook(hook)
         try:
             write_configs(NEW, folder, force=True)
         except KeyboardInterrupt:
             os._exit(KILLED)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == KILLED
+        except SweepError as error:
+            told = f"{folder}: another plan was written there at the same time; plan again"
+            os._exit(KILLED if str(error) == told else 1)
+        os._exit(KILLED if left <= 0 else 0)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, KILLED), code
+    return code == KILLED
 
 
 def main(root: Path) -> None:
     seen: dict[str, list[str]] = {}
-    for kind, end in (("killed", die), ("interrupted", interrupt)):
+    for kind, happen in (("killed", die), ("interrupted", interrupt), ("overtaken", overtake)):
         for number in range(1, 1000):
             there, fresh = root / f"{kind}{number}", root / f"{kind}{number}-fresh" / "configs"
             write_configs(OLD, there)
-            reached = ended_at(number, there, end)
-            state = state_of(there)
-            seen.setdefault(kind, []).append(state)
-            reached_fresh = ended_at(number, fresh, end)
-            assert state_of(fresh) in ("none", "new")
+            was_reached = [reached(number, folder, happen) for folder in (there, fresh)]
+            states = [state_of(folder) for folder in (there, fresh)]
+            seen.setdefault(kind, []).append(states[0])
             if kind == "interrupted":
                 assert not list(there.glob(".*")), "an unfinished file is left"
-                assert state_of(fresh) == "new" or not fresh.parent.exists()
-            assert reached or (state, state_of(fresh)) == ("new", "new")
-            if not reached and not reached_fresh:
+                assert states[1] == "new" or not fresh.parent.exists()
+            if not any(was_reached):
+                assert states == ["new", "new"]
                 break
     print(json.dumps(seen))
 

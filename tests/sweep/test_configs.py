@@ -232,7 +232,7 @@ def test_looking_at_a_folder_leaves_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif("not hasattr(os, 'fork')", reason="tries each point in a forked process")
-def test_who_dies_while_writing_leaves_a_whole_plan_or_none(tmp_path: Path) -> None:
+def test_whatever_happens_while_writing_leaves_a_whole_plan_or_none(tmp_path: Path) -> None:
     script = Path(__file__).with_name("crash_points.py")
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path)],
@@ -243,6 +243,8 @@ def test_who_dies_while_writing_leaves_a_whole_plan_or_none(tmp_path: Path) -> N
     # Each kind of end was met, so the points were really inside of the writing.
     assert set(seen["killed"]) == {"old", "none", "new"}
     assert set(seen["interrupted"]) == {"old", "none", "new"}
+    # Another plan written in the midst of it, to its end: never a mixture.
+    assert set(seen["overtaken"]) == {"new", "none", "other"}
 
 
 # What someone may do to a configuration by hand: (text before, text after, what is said).
@@ -377,7 +379,9 @@ def spoilt(document: dict[str, Any], where: str, value: object) -> str:
         ("branches.0.config", "../../branch_k1.py", f": branches[0] is not named after its k{AGAIN}"),
         ("branches.0.name", "branch_k2", f": branches[0] is not named after its k{AGAIN}"),
         ("branches.0.k", True, f": branches[0] is not named after its k{AGAIN}"),
-        ("base", {}, f": base.tokens is missing{AGAIN}"),
+        ("base", None, f": base is missing{AGAIN}"),
+        ("base.tokens", "many", f": base.tokens is missing or not what it was{AGAIN}"),
+        ("base.batch", True, f": base.batch is missing or not what it was{AGAIN}"),
     ],
 )
 def test_a_manifest_that_is_none(tmp_path: Path, where: str, value: object, message: str) -> None:
