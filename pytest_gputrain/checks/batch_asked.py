@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,20 +60,11 @@ def ask_all(case: TrainingCase, ctx: CheckContext, scene: Scene) -> Answers:
 
 
 def _ask_beside(case: TrainingCase, ctx: CheckContext, scene: Scene, model: Any, optimizer: Any) -> Answers:
-    from pytest_gputrain.checks import batch_traces
-    from pytest_gputrain.checks.session import seed_everything
-
     beside = {"model": model, "optimizer": optimizer}
     answers = Answers()
-    own = _left_by_the_case(case, ctx, scene)
-    seed_everything(ctx.seed)
-    before = batch_traces.read(model, optimizer)
     started = time.monotonic()
     try:
-        with _watched(model, optimizer, ctx, answers):
-            answers.sizes[PLAIN] = _ask(case, ctx, scene, scene.budget, **beside)
-        answers.leaked -= own
-        answers.left = batch_traces.in_words(before, batch_traces.read(model, optimizer))
+        _ask_watched(case, ctx, scene, answers, **beside)
         if scene.global_batch:
             answers.sizes[GLOBAL] = _ask(case, ctx, scene, scene.budget, scene.global_batch, **beside)
     except Exception as error:
@@ -84,6 +73,30 @@ def _ask_beside(case: TrainingCase, ctx: CheckContext, scene: Scene, model: Any,
     answers.seconds = time.monotonic() - started
     answers.swallowed = _with_a_bug(case, ctx, scene, **beside)
     return answers
+
+
+def _ask_watched(
+    case: TrainingCase, ctx: CheckContext, scene: Scene, answers: Answers, *, model: Any, optimizer: Any
+) -> None:
+    """The first question, with a look at everything before and after."""
+    from pytest_gputrain.checks import batch_traces
+    from pytest_gputrain.checks.session import device_of, seed_everything, seed_for, take_step
+    from pytest_gputrain.memory.guard import OomGuard
+
+    own = _left_by_the_case(case, ctx, scene)
+    with OomGuard(None, device_of(ctx), roots=roots_of(model, optimizer)) as guard:
+        # Once more, so that what the model keeps beside its parameters has been seen (tables, masks).
+        batch = draw(case, ctx, scene.minimum, STEPS_BEFORE)
+        take_step(case, model, optimizer, [batch], seed_for(ctx, STEPS_BEFORE))
+        del batch
+        gc.collect()
+        in_use = guard.in_use
+        seed_everything(ctx.seed)
+        before = batch_traces.read(model, optimizer)
+        answers.sizes[PLAIN] = _ask(case, ctx, scene, scene.budget, model=model, optimizer=optimizer)
+        answers.left = batch_traces.in_words(before, batch_traces.read(model, optimizer))
+        gc.collect()
+        answers.leaked = guard.in_use - in_use - own
 
 
 def _ask(
@@ -116,19 +129,6 @@ def _with_a_bug(case: TrainingCase, ctx: CheckContext, scene: Scene, **beside: A
     except Exception:
         return None
     return size if bug.called else None
-
-
-@contextlib.contextmanager
-def _watched(model: Any, optimizer: Any, ctx: CheckContext, answers: Answers) -> Iterator[None]:
-    """How much more is in use after than before."""
-    from pytest_gputrain.checks.session import device_of
-    from pytest_gputrain.memory.guard import OomGuard
-
-    with OomGuard(None, device_of(ctx), roots=roots_of(model, optimizer)) as guard:
-        before = guard.in_use
-        yield
-        gc.collect()
-        answers.leaked = guard.in_use - before
 
 
 def _left_by_the_case(case: TrainingCase, ctx: CheckContext, scene: Scene) -> int:
