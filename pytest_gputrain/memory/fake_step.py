@@ -27,6 +27,9 @@ from pytest_gputrain.trace.optimizers import optimizers_in
 # A batch is drawn for real where it is small enough: its values then answer what the program asks of it.
 MOST_REAL_BATCH = 64 * 2**20  # bytes
 
+# The sum of gradients, and the gradients of x[indices], gather, max, index_select, masked_select and take.
+_IN_PLACE_IN_BACKWARD = ("add", "index_put", "scatter_add", "scatter", "index_add", "masked_scatter", "put")
+
 
 class PredictionError(ValueError):
     """A case that cannot be run on fake tensors; the text says at which operation and line."""
@@ -72,7 +75,7 @@ class _Accounting(DispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self.values.run(func, args, kwargs or {})
         self._charge(out, categories.OTHER if self.owners.stepping else categories.ACTIVATIONS)
-        if not _is_accumulated(func):
+        if not _is_in_place_for_real(func):
             self.ledger.settle()
         return out
 
@@ -268,13 +271,14 @@ class FakeTraining:
         )
 
 
-def _is_accumulated(func: Any) -> bool:
-    """Whether autograd adds one gradient to another here.
+def _is_in_place_for_real(func: Any) -> bool:
+    """Whether autograd, in backward, writes this operation's result into its first operand.
 
-    It does so in place, but not with fake tensors: their sum is a new one, and the old one is freed next.
+    It asks whether a tensor is of a subclass (``isTensorSubclassLike`` in torch/csrc/autograd), fake ones
+    are, and then makes a new one; the operand is freed before the next operation.
     """
     in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
-    return in_backward and func is torch.ops.aten.add.Tensor
+    return in_backward and func.__name__.split(".")[0] in _IN_PLACE_IN_BACKWARD
 
 
 def _make_fake(mode: Any, model: torch.nn.Module) -> None:

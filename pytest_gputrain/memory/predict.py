@@ -163,10 +163,7 @@ class _Predictor:
     def law(self, batch_sizes: Sequence[int]) -> Law:
         fixed = sum(self._fixed.values())
         steps = {size: self._step(size) for size in batch_sizes}
-        return Law.through(
-            {size: step.passes + fixed for size, step in steps.items()},
-            max(step.update for step in steps.values()) + fixed,
-        )
+        return Law.through({size: (step.passes + fixed, step.update + fixed) for size, step in steps.items()})
 
     def _step(self, batch_size: int) -> Peak:
         if batch_size not in self._peaks:

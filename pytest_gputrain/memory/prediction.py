@@ -38,7 +38,8 @@ LAW_HOLDS = 0.01
 class Law:
     """Peak = ``fixed_bytes`` + ``bytes_per_sample`` x batch size, through two predictions.
 
-    floor_bytes: what the optimizer's step needs whatever the batch size, where that is more
+    floor_bytes: what the optimizer's step needs whatever the batch size, where that is more;
+    floor_bytes_per_sample is what it has to keep of the batch meanwhile
     deviation:   how far the line misses a third prediction, at ``verified_at``, as a fraction of it
 
     Calling it gives the peak in bytes at a batch size.
@@ -47,23 +48,29 @@ class Law:
     fixed_bytes: float
     bytes_per_sample: float
     floor_bytes: float
+    floor_bytes_per_sample: float
     verified_at: int
     deviation: float
 
     @classmethod
-    def through(cls, peaks: Mapping[int, int], floor_bytes: int = 0) -> Law:
-        """The line through the first two of three (batch size, peak), and how far it misses the third."""
-        (first, low), (second, high), (third, seen) = peaks.items()
-        slope = (high - low) / (second - first)
-        fixed = low - slope * first
-        return cls(fixed, slope, floor_bytes, third, abs(fixed + slope * third - seen) / seen)
+    def through(cls, peaks: Mapping[int, tuple[int, int]]) -> Law:
+        """The lines through the first two of three, and how far the first line misses the third.
+
+        peaks: batch size -> peak outside of the optimizer's step, and within it
+        """
+        (first, low), (second, high), (third, (seen, _)) = peaks.items()
+        slope, floor_slope = ((more - less) / (second - first) for less, more in zip(low, high, strict=True))
+        fixed = low[0] - slope * first
+        deviation = abs(fixed + slope * third - seen) / seen
+        return cls(fixed, slope, low[1] - floor_slope * first, floor_slope, third, deviation)
 
     @property
     def holds(self) -> bool:
         return self.deviation <= LAW_HOLDS
 
     def __call__(self, batch_size: float) -> float:
-        return max(self.fixed_bytes + self.bytes_per_sample * batch_size, self.floor_bytes)
+        floor = self.floor_bytes + self.floor_bytes_per_sample * batch_size
+        return max(self.fixed_bytes + self.bytes_per_sample * batch_size, floor)
 
     def __str__(self) -> str:
         line = (
