@@ -45,10 +45,12 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
-def parse_size(size: str | int) -> int:
-    """Return ``size`` in bytes. Raises ``ValueError`` saying what is legal."""
+def parse_size(size: str | float) -> int:
+    """Return ``size`` in bytes, ``80e9`` as well. Raises ``ValueError`` saying what is legal."""
     number, unit = math.nan, ""
-    if isinstance(size, int) and not isinstance(size, bool):
+    if (isinstance(size, int) and not isinstance(size, bool)) or (
+        isinstance(size, float) and size.is_integer()
+    ):
         number = size
     elif isinstance(size, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)):
         number, unit = float(match[1]), match[2].upper()

@@ -20,9 +20,10 @@ from pytest_gputrain.values import format_size, parse_seconds, parse_size
         ("512", 512),
         ("1B", 1),
         (1024, 1024),
+        (80e9, 80 * 10**9),
     ],
 )
-def test_sizes(text: str | int, num_bytes: int) -> None:
+def test_sizes(text: str | float, num_bytes: int) -> None:
     assert parse_size(text) == num_bytes
 
 

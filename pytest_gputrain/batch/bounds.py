@@ -80,16 +80,29 @@ def dividing(name: str, size: object, share: int | None) -> int:
     return chosen
 
 
-def checked_steps(iterations: object, eval_batch_factor: object) -> None:
-    """Raise ``ValueError`` for fewer than 2 training steps, or a factor below 0."""
+def checked_rank(ddp_rank: object, ddp_world_size: object) -> None:
+    """Raise ``ValueError`` for a rank that cannot be one of so many."""
+    rank, world_size = whole("ddp_rank", ddp_rank, 0), whole("ddp_world_size", ddp_world_size)
+    if rank >= world_size:
+        raise ValueError(f"ddp_rank is {rank} of ddp_world_size={world_size}; legal is 0 to {world_size - 1}")
+
+
+def checked_steps(iterations: object) -> int:
+    """Return the steps of a probe. Raises ``ValueError`` for fewer than 2."""
     if not isinstance(iterations, int) or iterations < 2:
         raise ValueError(
             f"iterations is {iterations!r}; legal is 2 or more: the optimizer's state is there "
             "from the second step on"
         )
+    return iterations
+
+
+def checked_factor(eval_batch_factor: object) -> float:
+    """Return evaluation's batch by training's. Raises ``ValueError`` below 0."""
     is_number = isinstance(eval_batch_factor, numbers.Real) and not isinstance(eval_batch_factor, bool)
     if not (is_number and 0 <= float(eval_batch_factor) < math.inf):  # type: ignore[arg-type]
         raise ValueError(
             f"eval_batch_factor is {eval_batch_factor!r}; "
             "legal is 0 (no evaluation) or a number above, such as 2"
         )
+    return float(eval_batch_factor)  # type: ignore[arg-type]

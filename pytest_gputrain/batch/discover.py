@@ -8,15 +8,16 @@ at the top.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.batch import bounds
 from pytest_gputrain.batch.agreement import DiscoveryFailed, RankFailed, ranks_of
 from pytest_gputrain.batch.joint_discovery import JointDiscovery
-from pytest_gputrain.batch.ladder import legal_sizes, whole
+from pytest_gputrain.batch.ladder import legal_sizes
 from pytest_gputrain.batch.language import language_case
+from pytest_gputrain.batch.search import checked_strategy
 
 if TYPE_CHECKING:
     import torch
@@ -67,43 +68,57 @@ def discover_batch_size(
     from pytest_gputrain.memory.capacity import known_device
 
     place = known_device(device)
-    ranks = ranks_of(whole("ddp_rank", ddp_rank, 0), whole("ddp_world_size", ddp_world_size), place)
-    sizes: Sequence[int] = ()
+    bounds.checked_rank(ddp_rank, ddp_world_size)
+    if override is not None:
+        return manual(override, bounds.per_rank(global_batch_size, ddp_world_size), rank=ddp_rank)
 
-    def checked() -> JointDiscovery | int:
-        nonlocal sizes
+    def checked() -> _Asked:
         share = bounds.per_rank(global_batch_size, ddp_world_size)
         least, most = bounds.checked_range(min_batch_size, max_batch_size)
         sizes = legal_sizes(least, most, divides=share)
-        if override is not None:
-            return manual(override, share, rank=ddp_rank)
         settings = {
             "safety_margin": bounds.checked_margin(safety_margin),
             "min_batch_size": least,
             "max_batch_size": most,
             "global_batch_size": global_batch_size,
             "world_size": ddp_world_size,
-            "strategy": strategy,
-            "eval_batch_factor": eval_batch_factor,
+            "strategy": checked_strategy(strategy),
+            "eval_batch_factor": bounds.checked_factor(eval_batch_factor),
             "optimizer": optimizer,
             "cache_key_components": [max_seq_len, cache_key_components],
         }
         if capacity is not None:
             settings["capacity"] = bounds.capacity_in_bytes(capacity)
-        chosen = case or language_case(_given(model), max_seq_len, vocab_size)
-        return JointDiscovery(
-            ranks, chosen, model, place, settings, _cache_in(cache_dir) if use_cache else None
+        return _Asked(
+            case or language_case(_given(model), max_seq_len, vocab_size),
+            settings,
+            sizes[0] if fallback is None else bounds.dividing("fallback", fallback, share),
         )
 
     try:
-        found = ranks.own(checked)
-        return found if isinstance(found, int) else found.size()
+        ranks = ranks_of(ddp_rank, ddp_world_size, place)
+    except ValueError:
+        checked()  # no rank waits for this one yet, so what is wrong with the rest is told first
+        raise
+    asked = ranks.own(checked)
+    cache = _cache_in(cache_dir) if use_cache else None
+    try:
+        return JointDiscovery(ranks, asked.case, model, place, asked.settings, cache).size()
     except (DiscoveryFailed, RankFailed) as error:
         if isinstance(error, RankFailed) and not error.may_fall_back:
             raise
-        size = sizes[0] if fallback is None else whole("fallback", fallback)
+        size = asked.conservative
         log.warning("Auto-discovery failed (%s); falling back to device_batch_size=%d", error, size)
         return size
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be discovered. ``settings``: of ``find_batch``. conservative: the size without discovery."""
+
+    case: TrainingCase
+    settings: dict[str, Any]
+    conservative: int
 
 
 def manual(size: object, share: int | None = None, *, rank: int = 0) -> int:
@@ -117,6 +132,13 @@ def manual(size: object, share: int | None = None, *, rank: int = 0) -> int:
 def _given(model: torch.nn.Module | None) -> torch.nn.Module:
     if model is None:
         raise ValueError("model is None, with no case; give a model called as model(x, y), or case=")
+    from torch.nn import Module
+
+    if not isinstance(model, Module):
+        raise ValueError(
+            f"model is {model!r:.60} ({type(model).__name__}); legal is a torch.nn.Module called as "
+            "model(x, y), or case="
+        )
     return model
 
 

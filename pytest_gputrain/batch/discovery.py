@@ -81,7 +81,8 @@ def find_batch(
     legal_sizes(least, most, multiple_of, divides)
     margin = bounds.checked_margin(safety_margin)
     given = None if capacity is None else bounds.capacity_in_bytes(capacity)
-    bounds.checked_steps(iterations, eval_batch_factor)
+    bounds.checked_steps(iterations)
+    factor = bounds.checked_factor(eval_batch_factor)
     if checkpointing and case.set_checkpointing is None:
         raise ValueError(f"checkpointing=True: case {case.name!r} has no set_checkpointing; give it one")
 
@@ -89,7 +90,7 @@ def find_batch(
     from pytest_gputrain.batch.probe_globals import preserved
     from pytest_gputrain.batch.probe_target import memory_here, micro_batches_of, target_of
 
-    conditions = Conditions(micro_batches_of(share), iterations, eval_batch_factor, compiled, checkpointing)
+    conditions = Conditions(micro_batches_of(share), iterations, factor, compiled, checkpointing)
     with preserved():
         memory = memory_here(device, model)
         target = target_of(case, model, optimizer, memory.device, conditions, world_size)

@@ -2,12 +2,14 @@
 loss.
 
 ``x`` and ``y`` are (batch, max_seq_len) int64, drawn below the vocabulary. The loss may be all that the model
-returns, or be in a tuple (``logits, loss``), a mapping or an object under ``loss``. Imports no torch at the
-top.
+returns, or be in a tuple (``logits, loss``), a mapping or an object under ``loss``. A model whose second
+argument is something else, and which has ``labels`` (those of the transformers library), gets y as that.
+Imports no torch at the top.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -58,16 +60,35 @@ class Tokens:
 
 def scalar_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The one scalar of ``model(x, y)``. Raises ``ValueError`` with one line where there is none."""
-    output = model(*batch)
+    import torch
+
+    x, y = batch
+    keyword = _takes_labels(unwrapped(model))
+    output = model(x, labels=y) if keyword else model(x, y)
+    called = f"{type(unwrapped(model)).__name__}(x, {'labels=y' if keyword else 'y'})"
     found = next(_scalars(output), None)
     if found is None:
         raise ValueError(
-            f"{type(unwrapped(model)).__name__}(x, y) returned {_described(output)}; legal is the loss, "
+            f"{called} returned {_described(output)}; legal is the loss, "
             "a scalar tensor: alone, in a tuple, or as .loss; for a model that is called otherwise, "
             f"{WAY_OUT}"
         )
+    if torch.is_grad_enabled() and not found.requires_grad:
+        raise ValueError(
+            f"{called} returned a loss that requires no gradient, so nothing can be trained by it; "
+            "legal is one that autograd computed: without .detach(), .item() or no_grad in forward"
+        )
     # One value in any shape: (1,) comes from losses that keep a dimension.
     return found.reshape(())
+
+
+def _takes_labels(model: Any) -> bool:
+    """Whether targets are ``labels``, which are not the second argument: an attention mask is, or a cache."""
+    try:
+        parameters = [*inspect.signature(model.forward).parameters]
+    except (TypeError, ValueError):  # of C++
+        return False
+    return "labels" in parameters[2:]
 
 
 def _scalars(output: Any) -> Iterator[Tensor]:
@@ -77,14 +98,18 @@ def _scalars(output: Any) -> Iterator[Tensor]:
     if isinstance(output, torch.Tensor):
         if output.numel() == 1 and output.is_floating_point():
             yield output
-    elif (named := _named_loss(output)) is not None:
-        yield from _scalars(named)
+    elif _has_loss(output):  # where it is None, another scalar (of routers, say) is not the loss
+        yield from _scalars(_named_loss(output))
     elif isinstance(output, tuple | list):
         for item in output:
             yield from _scalars(item)
     elif isinstance(output, Mapping):
         for item in output.values():
             yield from _scalars(item)
+
+
+def _has_loss(output: Any) -> bool:
+    return hasattr(output, "loss") or (isinstance(output, Mapping) and "loss" in output)
 
 
 def _named_loss(output: Any) -> Any:
@@ -95,7 +120,8 @@ def _described(output: Any) -> str:
     import torch
 
     if isinstance(output, torch.Tensor):
-        return f"a tensor of shape {tuple(output.shape)}"
+        kind = "" if output.is_floating_point() else f"{str(output.dtype).removeprefix('torch.')} "
+        return f"a {kind}tensor of shape {tuple(output.shape)}"
     if isinstance(output, tuple | list):
         return f"a {type(output).__name__} of {', '.join(map(_described, output)) or 'nothing'}"
     return f"{output!r}" if output is None else f"a {type(output).__name__} without a scalar tensor"

@@ -78,10 +78,15 @@ def _open(evidence: Evidence) -> tuple[int, int] | None:
     return (low, high) if high - low > 1 else None
 
 
-def _strategy(name: str, predicted: Callable[[int], float] | None) -> Strategy:
+def checked_strategy(name: str) -> str:
+    """Return the name. Raises ``ValueError`` for one that is not there."""
     if name not in STRATEGIES:
         raise ValueError(f"strategy is {name!r}; legal are {', '.join(map(repr, STRATEGIES))}")
-    return Model(predicted) if name == "model" else Exponential()
+    return name
+
+
+def _strategy(name: str, predicted: Callable[[int], float] | None) -> Strategy:
+    return Model(predicted) if checked_strategy(name) == "model" else Exponential()
 
 
 def _checked_capacity(capacity: float) -> float:

@@ -99,7 +99,7 @@ class DefaultStep:
         for index, (micro_batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else _no_sync(model):
-                loss = self.loss(model, micro_batch)
+                loss = _scalar(self.loss(model, micro_batch))
                 (loss * (share * scale)).backward()
             total = total + loss.detach() * share
         optimizer.step()
@@ -129,6 +129,16 @@ class DefaultStep:
         own = sum(self._weight(micro_batch) for micro_batch in micro_batches)
         total = _sum_over_ranks(own, pytree.tensors(list(micro_batches)))
         return own * world_size / total if total else 0.0
+
+
+def _scalar(loss: Any) -> Any:
+    """Raises ValueError where torch would name a line of its own."""
+    import torch
+
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss
+    given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"{loss!r:.60}"
+    raise ValueError(f"the case's loss(model, batch) returned {given}; legal is a scalar tensor")
 
 
 def _no_sync(model: Any) -> AbstractContextManager[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,7 +203,28 @@ BAD_INPUT: list[Bad] = [
         "ddp_world_size=2, and no process group is initialised for these ranks to agree through; "
         "call torch.distributed.init_process_group() first, or give ddp_world_size=1",
     ),
+    (
+        {"ddp_world_size": 2, "global_batch_size": 7},
+        "global_batch_size 7 is not divisible by world size 2 (7 = 3 * 2 + 1); the nearest that are: 6 and 8",
+    ),
+    ({"ddp_rank": 1}, "ddp_rank is 1 of ddp_world_size=1; legal is 0 to 0"),
+    ({"fallback": 0}, "fallback is 0; legal is a whole number of 1 or more"),
+    ({"strategy": "fast"}, "strategy is 'fast'; legal are 'model', 'exponential'"),
     ({"model": None}, "model is None, with no case; give a model called as model(x, y), or case="),
+    (
+        {"model": "gpt"},
+        "model is 'gpt' (str); legal is a torch.nn.Module called as model(x, y), or case=",
+    ),
+    (
+        {"model": Language(returns="detached")},
+        "Language(x, y) returned a loss that requires no gradient, so nothing can be trained by it; "
+        "legal is one that autograd computed: without .detach(), .item() or no_grad in forward",
+    ),
+    (
+        {"model": Language(returns="count")},
+        "Language(x, y) returned a int64 tensor of shape (); legal is the loss, a scalar tensor: "
+        f"alone, in a tuple, or as .loss; for a model that is called otherwise, {WAY_OUT}",
+    ),
     (
         {"model": Language(returns="logits")},
         "Language(x, y) returned a tensor of shape (1, 32, 64); legal is the loss, a scalar tensor: "
@@ -222,6 +244,38 @@ def test_bad_input_is_one_line(bad: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=r"^") as raised:
         discover_batch_size(**asked)
     assert str(raised.value) == message
+
+
+class Labelled(Language):
+    """As the models of the transformers library: its second argument is not the targets."""
+
+    def forward(self, x: Any, attention_mask: Any = None, labels: Any = None) -> Any:
+        assert attention_mask is None
+        loss = None if labels is None else super().forward(x, labels)
+        return SimpleNamespace(loss=loss, of_routers=torch.zeros(()))
+
+
+def test_targets_that_are_labels() -> None:
+    assert discover_batch_size(Labelled(), 32, "cpu", capacity="2MB") == LANGUAGE_FITS
+
+
+def test_a_loss_of_none_is_not_replaced_by_another_scalar() -> None:
+    class Unasked(Language):
+        def forward(self, x: Any, y: Any) -> Any:
+            return SimpleNamespace(loss=None, of_routers=self.layer.weight.sum())
+
+    with pytest.raises(
+        ValueError, match=r"^Unasked\(x, y\) returned a SimpleNamespace without"
+    ):
+        discover_batch_size(Unasked(), 32, "cpu", capacity="2MB")
+
+
+def test_a_case_without_a_scalar_loss() -> None:
+    case = case_of(mlp, batch=wide, loss=lambda model, batch: model(batch))
+    with pytest.raises(ValueError, match=r"^") as raised:
+        find_batch(case, capacity="2MB")
+    said = "the case's loss(model, batch) returned a tensor of shape (1, 64); legal is a scalar tensor"
+    assert str(raised.value) == said
 
 
 def test_global_batch_for_ranks() -> None:
