@@ -6,7 +6,8 @@ Imports no torch at the top.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,7 +43,7 @@ class JointDiscovery:
 
     def size(self) -> int:
         """The answer, the same on every rank. Raises as ``Ranks.each`` does."""
-        at_most = min(self.ranks.each(lambda: attempt(self._memory)))
+        at_most = least_share(self.ranks.each(lambda: attempt(self._memory)))
         found = self.ranks.first(lambda: attempt(lambda: self._search(at_most)))
         size = found.size
         if self.ranks.size > 1 and found.source != "cache":
@@ -58,12 +59,13 @@ class JointDiscovery:
         else:
             log.info("Auto-discovery found device_batch_size=%d", size)
 
-    def _memory(self) -> int:
+    def _memory(self) -> tuple[str, int]:
         if "capacity" in self.settings:
-            return int(self.settings["capacity"])
+            return f"given to rank {self.ranks.rank}", int(self.settings["capacity"])
         from pytest_gputrain.batch.probe_target import memory_here
+        from pytest_gputrain.memory.capacity import pool_of
 
-        return memory_here(self.device, self.model).free
+        return pool_of(self.device), memory_here(self.device, self.model).free
 
     def _search(self, at_most: int) -> Discovered:
         found = self._find(at_most, cache=self.cache, on_start=_say_start)
@@ -126,6 +128,15 @@ class JointDiscovery:
         given = self.settings
         share = bounds.per_rank(given["global_batch_size"], given["world_size"])
         return list(legal_sizes(given["min_batch_size"], given["max_batch_size"], divides=share))
+
+
+def least_share(memory: Sequence[tuple[str, int]]) -> int:
+    """Bytes that every rank can have, of each rank's (pool, free bytes): ranks with one pool divide it.
+
+    Each sees all of it as free, and all train at once: on one host's CPUs, or on a GPU that they share.
+    """
+    num_ranks = Counter(pool for pool, _ in memory)
+    return min(free // num_ranks[pool] for pool, free in memory)
 
 
 def attempt(work: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def memory_of(device: str | torch.device = "cpu") -> tuple[int, int]:
     for used, limit in _cgroups():
         free, total = min(free, max(limit - used, 0)), min(total, limit)
     return free, total
+
+
+def pool_of(device: str | torch.device) -> str:
+    """Which memory it is: the same text for every process that takes from it. Raises as `memory_of` does."""
+    device = known_device(device)
+    if device.type == "cuda":
+        return f"GPU {torch.cuda.get_device_properties(device).uuid}"
+    return f"memory of {platform.node()}"
 
 
 def known_device(device: str | torch.device) -> torch.device:

@@ -264,9 +264,7 @@ def test_a_loss_of_none_is_not_replaced_by_another_scalar() -> None:
         def forward(self, x: Any, y: Any) -> Any:
             return SimpleNamespace(loss=None, of_routers=self.layer.weight.sum())
 
-    with pytest.raises(
-        ValueError, match=r"^Unasked\(x, y\) returned a SimpleNamespace without"
-    ):
+    with pytest.raises(ValueError, match=r"^Unasked\(x, y\) returned a SimpleNamespace without"):
         discover_batch_size(Unasked(), 32, "cpu", capacity="2MB")
 
 

@@ -25,6 +25,11 @@ def _unreadable(device: Any) -> tuple[int, int]:
     raise OSError("no meminfo")
 
 
+def _four_megabytes(device: Any) -> tuple[int, int]:
+    """Free beside a `Language`, whose own memory counts as its rank's."""
+    return 4 * 10**6 - probe_target.num_bytes([*Language().parameters()]), 2**40
+
+
 def _on_a_rank(folder: str) -> dict[str, Told]:
     """What each discovery came to on this rank, with its log lines."""
     torch.set_num_threads(1)
@@ -59,6 +64,8 @@ def _on_a_rank(folder: str) -> dict[str, Told]:
     discover("bug on rank 0", Language() if rank else Broken())
     discover("bug on rank 1", Broken() if rank else Language())
     discover("bad input on rank 1", Language(), -1 if rank else 32)
+    setattr(probe_target, "memory_of", _four_megabytes)  # noqa: B010
+    discover("one memory", Language(), capacity=None)
     if rank:
         setattr(probe_target, "memory_of", _unreadable)  # noqa: B010  # mypy knows no such name there
     discover("unreadable on rank 1", Language(), capacity=None)
@@ -74,6 +81,9 @@ def test_ranks_agree_or_all_fail(tmp_path: Path) -> None:
 
     assert first["less on rank 1"][0] == second["less on rank 1"][0] < 0.6 * alike
     assert first["wrapped"][0] == second["wrapped"][0] == alike
+
+    # No capacity is given: both take from one host, and each may have half of it, 2 MB.
+    assert first["one memory"][0] == second["one memory"][0] == alike
 
     smaller, lines = first["larger on rank 1"]
     assert second["larger on rank 1"][0] == smaller < alike
