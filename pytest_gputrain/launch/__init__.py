@@ -10,7 +10,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from .errors import LaunchError, LaunchUsageError, UnsupportedPlatform
+from .errors import LaunchCancelled, LaunchError, LaunchUsageError, UnsupportedPlatform
 from .records import Cause, RankError, RankResult, Verdict
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cause",
+    "LaunchCancelled",
     "LaunchDefaults",
     "LaunchError",
     "LaunchResult",

@@ -45,5 +45,9 @@ class LaunchError(AssertionError):
         return self.result.summary()
 
 
+class LaunchCancelled(Exception):
+    """Whoever asked for the launch wants it no more; nothing that it started is running."""
+
+
 class ServerLost(RuntimeError):
     """The process that forks the ranks died or never started; ``str()`` says how."""

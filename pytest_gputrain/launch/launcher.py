@@ -26,10 +26,17 @@ Trace = bool | str | Sequence[str] | Mapping[str, bool] | None
 
 
 class Launcher:
-    """Starts ranks, watches them, ends them. Calling it runs a function; ``.torchrun`` runs a script."""
+    """Starts ranks, watches them, ends them. Calling it runs a function; ``.torchrun`` runs a script.
 
-    def __init__(self, *, defaults: LaunchDefaults | None = None) -> None:
+    ``cancelled`` is asked several times a second while ranks run that are not warm: when it says True, they
+    are ended and LaunchCancelled is raised. So one thread can end the launch of another.
+    """
+
+    def __init__(
+        self, *, defaults: LaunchDefaults | None = None, cancelled: Callable[[], bool] | None = None
+    ) -> None:
         self.defaults = defaults or LaunchDefaults()
+        self._cancelled = cancelled
 
     def __call__(
         self,
@@ -166,7 +173,7 @@ class Launcher:
             if spec.get("isolation") == "warm":
                 result = _warm(spec, call, size, folder)
             else:
-                result = _fresh(spec, call, size, folder)
+                result = _fresh(spec, call, size, folder, self._cancelled)
         except BaseException:
             folder.discard()
             raise
@@ -190,7 +197,9 @@ def _rendezvous(endpoint: str | None, node_rank: int | None) -> list[str]:
     return [f"--node-rank={number}", f"--master-addr={host}", f"--master-port={port}"]
 
 
-def _fresh(spec: dict[str, Any], call: bytes, size: int, folder: Folder) -> LaunchResult:
+def _fresh(
+    spec: dict[str, Any], call: bytes, size: int, folder: Folder, cancelled: Callable[[], bool] | None
+) -> LaunchResult:
     """The launch by new ranks. Whatever happens, what it started is ended when this returns or raises."""
     members, path, mark = [Member(rank) for rank in range(size)], folder.path(), sweep.mark(spec)
     spec |= {"folder": str(path), "temporary": folder.temporary}
@@ -202,7 +211,7 @@ def _fresh(spec: dict[str, Any], call: bytes, size: int, folder: Folder) -> Laun
     in_order = False
     try:
         supervision.start(call)
-        ending = supervision.watch()
+        ending = supervision.watch(cancelled)
         seconds = time.monotonic() - supervision.began
         supervision.end(ending)
         in_order = True
@@ -215,7 +224,7 @@ def _fresh(spec: dict[str, Any], call: bytes, size: int, folder: Folder) -> Laun
         if in_order:
             server.preload((members[0].report or {}).get("imported", []))
             client.give_back(server)
-        else:  # KeyboardInterrupt, a timeout's exception, a dead server
+        else:  # KeyboardInterrupt, a timeout's exception, a cancelled launch, a dead server
             server.close()
             sweep.kill_marked(mark)
     result = concluded(supervision, spec["kind"], ending, seconds, path, folder)

@@ -7,7 +7,9 @@ The process is forked with torch already imported; everything a script can ask a
 from __future__ import annotations
 
 import builtins
+import gc
 import importlib.machinery
+import io
 import os
 import runpy
 import signal
@@ -53,7 +55,7 @@ def run(
 
 def _leave(link: rank.Link, code: int, details: dict[str, Any]) -> NoReturn:
     """Reports and ends the process."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr, *_open_files()):
         _flush(stream)
     if code == 0 and not details:
         link.report("passed", exit_code=0)
@@ -65,6 +67,16 @@ def _leave(link: rank.Link, code: int, details: dict[str, Any]) -> NoReturn:
             recorder.keep()
         link.report("failed", exit_code=code, **{"at": at, **details})
     os._exit(code)
+
+
+def _open_files() -> list[Any]:
+    """Files that the script has left open: the interpreter would write what is still in their buffers.
+
+    Those that hold no bytes themselves come last: text goes into a buffer below it. What was there before the
+    fork is frozen, so this looks at the script's own objects alone.
+    """
+    found = [each for each in gc.get_objects() if type(each) in (io.TextIOWrapper, io.BufferedWriter)]
+    return sorted(found, key=lambda each: type(each) is io.BufferedWriter)
 
 
 def _ended_by_torchrun(number: int, _frame: object) -> None:

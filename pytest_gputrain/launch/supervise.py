@@ -6,12 +6,13 @@ import contextlib
 import selectors
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from . import blame, observe, wire
 from .client import ServerHandle
-from .errors import ServerLost
+from .errors import LaunchCancelled, ServerLost
 from .lookout import Lookout
 from .member import Member
 from .verdict import Ending
@@ -82,9 +83,11 @@ class Supervision:
         sock.setblocking(False)
         self._selector.register(sock, selectors.EVENT_READ, member)
 
-    def watch(self) -> Ending:
-        """Until there is a verdict to give. Raises ServerLost when the fork server dies."""
+    def watch(self, cancelled: Callable[[], bool] | None = None) -> Ending:
+        """Until there is a verdict to give. Raises ServerLost when the fork server dies, LaunchCancelled."""
         while True:
+            if cancelled is not None and cancelled():
+                raise LaunchCancelled
             deadline = self.began + self._spec["timeout"]
             self._receive(min(TICK, max(0.0, deadline - time.monotonic())))
             if all(member.settled for member in self.members):

@@ -20,6 +20,7 @@ from pytest_gputrain.trace.lines import bucket_line, gradient_lines
 from pytest_gputrain.trace.models import Models
 from pytest_gputrain.trace.module_backward import ModuleTracer, roots_met
 from pytest_gputrain.trace.optimizers import Held, OptimizerWatch
+from pytest_gputrain.trace.rates import Rates
 from pytest_gputrain.trace.rewiring import Rewiring
 from pytest_gputrain.trace.sink import Progress, Sink
 from pytest_gputrain.trace.steps import patched_backward
@@ -43,6 +44,7 @@ class Session:
         self.buckets: list[BucketTracer] = []
         self.modules = ModuleTracer(self.models.names, self.sink, self.progress)
         self._heartbeat = Heartbeat(folder, rank)
+        self._rates = Rates(folder) if "rates" in switches.tracers else None
         self._vitals = Vitals(self._heartbeat) if "heartbeat" in switches.tracers else None
         seconds = switches.watchdog_seconds or watchdog_seconds
         self._watchdog = Watchdog(folder, rank, seconds, self.progress, self.describe, self._stood_still)
@@ -64,6 +66,8 @@ class Session:
             enter(self.modules.hooked())
         if "module_bwd" in on or self.rewiring.unmet:
             enter(roots_met(self._meet))
+        if self._rates is not None:
+            enter(self._rates.watching())
         if self._vitals is not None:
             enter(self._vitals.watching())
             self._stack.callback(self._heartbeat.close)

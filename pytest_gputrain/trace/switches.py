@@ -13,7 +13,7 @@ from typing import Any
 from pytest_gputrain.values import parse_seconds
 from pytest_gputrain.variables import unknown
 
-TRACERS = ("grads", "module_bwd", "ddp_buckets", "heartbeat", "watchdog")
+TRACERS = ("grads", "module_bwd", "ddp_buckets", "heartbeat", "watchdog", "rates")
 DEFAULT_TRACERS = ("grads", "ddp_buckets", "heartbeat", "watchdog")
 """What ``trace=True`` means. ``module_bwd`` reads every gradient, for which it waits for the GPU."""
 

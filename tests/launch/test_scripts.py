@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pytest_gputrain import launch
-from pytest_gputrain.launch import LaunchError, Verdict
+from pytest_gputrain.launch import LaunchCancelled, LaunchDefaults, Launcher, LaunchError, Verdict
 
 TRAIN = """
 import os, sys
@@ -195,6 +195,33 @@ def test_exit_handlers_and_threads_run_to_their_end(tmp_path: Path) -> None:
     )
     result = launch.torchrun(script, nproc=1, timeout=60)
     assert result.ranks[0].stdout == "main\nthread\nat exit\n"
+
+
+def test_files_that_a_script_leaves_open_are_written(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        "train.py",
+        """
+        import sys
+        text, binary = open(sys.argv[1], "w"), open(sys.argv[2], "wb")
+        text.write("text")
+        binary.write(b"binary")
+        """,
+    )
+    launch.torchrun(script, tmp_path / "text", tmp_path / "binary", nproc=1, timeout=60)
+    assert (tmp_path / "text").read_text() == "text"
+    assert (tmp_path / "binary").read_bytes() == b"binary"
+
+
+def test_a_launch_can_be_cancelled(tmp_path: Path) -> None:
+    script = write(tmp_path, "train.py", "import time\nprint('here', flush=True)\ntime.sleep(1000)")
+    launcher = Launcher(
+        defaults=LaunchDefaults(artifacts=tmp_path / "launched"),
+        cancelled=lambda: any(path.read_text() for path in tmp_path.glob("launched/*/rank0/stdout.log")),
+    )
+    with pytest.raises(LaunchCancelled):
+        launcher.torchrun(script, nproc=1, timeout=100)
+    assert launch.torchrun(write(tmp_path, "next.py", "print(1)"), nproc=1, timeout=60).passed
 
 
 def test_a_script_can_start_data_loader_workers(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pytest_gputrain.launch import LaunchUsageError, client
 from pytest_gputrain.trace.switches import DEFAULT_TRACERS, Switches, resolve, tracers_of
 
 launch: Any = pytest_gputrain.launch
-NAMES = "'grads', 'module_bwd', 'ddp_buckets', 'heartbeat', 'watchdog'"
+NAMES = "'grads', 'module_bwd', 'ddp_buckets', 'heartbeat', 'watchdog', 'rates'"
 HOW = "must be True, False, names, or a mapping of names to True or False; the names are " + NAMES
 LEGAL = "must be one of 1, true, yes, on, 0, false, no, off"
 RANGE = (

@@ -1,0 +1,116 @@
+"""A sweep as a picture: loss against tokens by k, and the final loss against k.
+
+Drawn without a display. Needs matplotlib, which the extra [report] brings; ``ladder_plot.missing`` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Ordered as k is, and apart in grey and for colour-blind readers; without viridis' end, too light on white.
+COLOURS, LIGHTEST = "viridis", 0.85
+GREY, FAILED = "#7A7A7A", "#D55E00"
+MARKERS = "osD^vP*X"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A branch. points: (tokens, loss); final_loss, eval_loss: None where the script did not say."""
+
+    k: int
+    points: Sequence[tuple[int, float]]
+    final_loss: float | None
+    eval_loss: float | None = None
+    passed: bool = True
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """curves: in the order of the legend. footnote: where this comes from."""
+
+    title: str
+    curves: Sequence[Curve]
+    footnote: str = ""
+
+
+def draw(sweep: Sweep, path: Path) -> None:
+    """Write the picture, PNG or SVG by the file's suffix, whole or not at all. Raises OSError."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Not pyplot: it keeps figures, and chooses a backend for the whole process.
+    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _by_tokens(left, sweep.curves)
+    _by_k(right, sweep.curves)
+    figure.suptitle(sweep.title, x=0.01, ha="left", fontsize=12)
+    if sweep.footnote:
+        figure.supxlabel(sweep.footnote, fontsize=7.5, color=GREY, x=0.01, ha="left")
+    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+    metadata = {"Date": None} if path.suffix == ".svg" else {}  # the same picture is the same file
+    try:
+        figure.savefig(unfinished, metadata=metadata)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _by_tokens(axes: Any, curves: Sequence[Curve]) -> None:
+    from matplotlib import colormaps
+
+    drawn = [curve for curve in curves if curve.points]
+    for number, curve in enumerate(drawn):
+        colour = colormaps[COLOURS](LIGHTEST * number / max(1, len(drawn) - 1))
+        tokens, losses = zip(*curve.points, strict=True)
+        label = f"k={curve.k}" + ("" if curve.passed else " (not passed)")
+        axes.plot(
+            tokens, losses, color=colour, linewidth=1.5, label=label,
+            linestyle="-" if curve.passed else (0, (2, 2)),
+            marker=MARKERS[number % len(MARKERS)], markersize=4, markevery=[len(tokens) - 1],
+        )  # fmt: skip
+    _frame(axes, "tokens seen", "loss of the step")
+    if drawn:
+        axes.legend(fontsize=8.5, frameon=False)
+    else:
+        _say(axes, "no branch reports the loss of its steps")
+
+
+def _by_k(axes: Any, curves: Sequence[Curve]) -> None:
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    series = (
+        ("final loss", "o", "-", [(c.k, c.final_loss) for c in curves if c.passed]),
+        ("evaluation", "s", "--", [(c.k, c.eval_loss) for c in curves if c.passed]),
+    )
+    for label, marker, line, pairs in series:
+        shown = sorted((k, loss) for k, loss in pairs if loss is not None and math.isfinite(loss))
+        if shown:
+            ks, losses = zip(*shown, strict=True)
+            colour = "#0072B2" if marker == "o" else "#009E73"
+            axes.plot(ks, losses, marker=marker, linestyle=line, color=colour, markersize=5, label=label)
+    _frame(axes, "k (batch by base batch)", "loss")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator([curve.k for curve in curves]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda k, _place: f"{k:g}")
+    if axes.lines:
+        axes.legend(fontsize=8.5, frameon=False)
+    else:
+        _say(axes, "no branch that passed reports a loss")
+
+
+def _frame(axes: Any, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="#E6E6E6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _say(axes: Any, text: str) -> None:
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=9)

@@ -1,0 +1,67 @@
+"""Which learning rates a rank's optimizers really step with, and how often: ``rates.json`` in its folder.
+
+A checkpoint's optimizer state brings its own rate, and a script that loads it prints the one that it was
+asked for. What counts is what is in the groups in the moment of the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pytest_gputrain.trace.optimizers import Held, OptimizerWatch
+
+RATES = "rates.json"
+
+
+class Rates:
+    """Looks at every step of torch's optimizers while ``watching``; writes the file at the end.
+
+    The file: ``{"optimizers": [{"type", "steps", "groups": [{"first", "highest", "last"}]}]}``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / RATES
+        self._optimizers: list[dict[str, Any]] = []
+        self._known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+        self._pid = os.getpid()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        try:
+            with OptimizerWatch(None, before=self._before):
+                yield
+        finally:
+            if os.getpid() == self._pid:
+                self._write()
+
+    def _before(self, optimizer: Any, held: Held) -> None:
+        seen = self._known.get(optimizer)
+        if seen is None:
+            seen = self._known[optimizer] = {"type": type(optimizer).__name__, "steps": 0, "groups": []}
+            self._optimizers.append(seen)
+        seen["steps"] += 1
+        for number, group in enumerate(optimizer.param_groups):
+            rate = float(group.get("lr", 0.0))
+            if number == len(seen["groups"]):
+                seen["groups"].append({"first": rate, "highest": rate, "last": rate})
+            mine = seen["groups"][number]
+            mine["highest"], mine["last"] = max(mine["highest"], rate), rate
+
+    def _write(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(json.dumps({"optimizers": self._optimizers}) + "\n", encoding="utf-8")
+
+
+def read_rates(folder: Path) -> list[dict[str, Any]]:
+    """Return the optimizers of a rank's folder; empty where none has stepped, or the rank has been ended."""
+    try:
+        found = json.loads((folder / RATES).read_text(encoding="utf-8"))
+        return [dict(one) for one in found["optimizers"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
