@@ -86,7 +86,7 @@ def autocast(case: TrainingCase, device: str) -> TrainingCase:
 
 def cpu_cases() -> Iterator[tuple[TrainingCase, bool]]:
     """(case, with activation checkpointing)."""
-    gpt = gpt_case(4, name="gpt", width=64, vocab_size=500, sequence_length=LENGTH)
+    gpt = gpt_case(2, name="gpt", width=64, vocab_size=500, sequence_length=LENGTH)
     gpt2 = hugging_face("gpt2", "GPT2Config", "GPT2LMHeadModel")
     llama = hugging_face("llama", "LlamaConfig", "LlamaForCausalLM", num_key_value_heads=2)
     for case in (gpt, gpt2, llama):

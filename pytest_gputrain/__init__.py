@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from pytest_gputrain.launch import Cause, LaunchError, LaunchResult, Verdict
     from pytest_gputrain.launch.launcher import launch
     from pytest_gputrain.memory.errors import OutOfMemory
+    from pytest_gputrain.memory.estimate import estimate_memory
     from pytest_gputrain.memory.predict import predict_maximum, predict_peak_memory
 
     distributed: pytest.MarkDecorator
@@ -74,6 +75,7 @@ _LAZY = {
     "AccumulationPlan": "batch.accumulation",
     "plan_accumulation": "batch.accumulation",
     "Verdict": "launch",
+    "estimate_memory": "memory.estimate",
     "predict_maximum": "memory.predict",
     "predict_peak_memory": "memory.predict",
 }
@@ -95,6 +97,7 @@ __all__ = [
     "device",
     "discover_batch_size",
     "distributed",
+    "estimate_memory",
     "find_batch",
     "gpu_count",
     "gpus",

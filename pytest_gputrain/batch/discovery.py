@@ -17,6 +17,7 @@ from pytest_gputrain.batch.cached_search import Found, Measures, search_through
 from pytest_gputrain.batch.discovered import Discovered, OnProbe, line_through
 from pytest_gputrain.batch.ladder import legal_sizes, whole
 from pytest_gputrain.batch.search import SearchResult, find_maximum
+from pytest_gputrain.batch.seed import Seed, wanted
 from pytest_gputrain.case import TrainingCase
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def find_batch(
     cache_key_components: object = None,
     on_probe: OnProbe | None = None,
     predicted: Callable[[int], float] | None = None,
+    predict_first: bool | None = None,
     model: torch.nn.Module | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     at_most: int | None = None,
@@ -67,7 +69,9 @@ def find_batch(
     data parallel. eval_batch_factor: evaluation's batch by training's, 0 for none.
     ``compiled``, ``checkpointing``: as the case does them. ``model`` and ``optimizer`` are probed in place
     and left as they were; without them the case makes them. at_most: bytes, a bound on the capacity (other
-    ranks have less). on_probe(batch size, peak or None, seconds). on_start(): the cache has no answer.
+    ranks have less). predicted(batch size): a peak that says where to look first; ``predict_first`` gets it
+    from fake tensors (None: on a GPU), and does without where those cannot run the case.
+    on_probe(batch size, peak or None, seconds). on_start(): the cache has no answer.
 
     Raises ``ValueError`` with one line for what cannot be asked; what the case's functions raise is passed
     on.
@@ -78,7 +82,7 @@ def find_batch(
     divides = share
     if ragged and share is not None:
         most, divides = min(most, share), None
-    legal_sizes(least, most, multiple_of, divides)
+    sizes = legal_sizes(least, most, multiple_of, divides)
     margin = bounds.checked_margin(safety_margin)
     given = None if capacity is None else bounds.capacity_in_bytes(capacity)
     bounds.checked_steps(iterations)
@@ -94,6 +98,8 @@ def find_batch(
     with preserved():
         memory = memory_here(device, model)
         target = target_of(case, model, optimizer, memory.device, conditions, world_size)
+        if wanted(predict_first, predicted, memory.device.type, len(sizes)):
+            predicted = Seed.of(target, share, world_size)
         measures = _measures(memory.free, given, at_most, margin, target.reserved)
         search = _Search(least, most, multiple_of, divides, measures.limit, strategy, predicted, on_start)
         with _Runner(target, measures.limit, on_probe) as runner:

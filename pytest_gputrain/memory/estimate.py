@@ -3,11 +3,13 @@
 Parameters, gradients and optimizer state are counted from the model on fake tensors. Activations follow
 Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models": a layer keeps about
 34 x sequence x batch x width bytes with 2-byte activations and fused attention, the logits come on top. Only
-for transformers whose configuration can be read; what the formula leaves out, `predict_peak_memory` counts.
+for transformers whose configuration or layers can be read; `predict_peak_memory` counts what the formula
+leaves out.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,7 @@ VOCABULARY = ("vocab_size",)
 class Estimate:
     """Bytes by formula: an estimate, neither predicted nor measured.
 
-    activations: None where the configuration does not say what kind of transformer it is
+    activations: None where width and depth of a transformer are not to be seen
     """
 
     parameters: int
@@ -67,30 +69,37 @@ class Estimate:
 
 
 def estimate_memory(
-    case: TrainingCase, batch_size: int, sequence_length: int, *, checkpointing: bool = False
+    case: TrainingCase, batch_size: int, sequence_length: int | None = None, *, checkpointing: bool = False
 ) -> Estimate:
-    """Estimate a training step's memory from parameters, optimizer and sequence length (tokens).
+    """Estimate a training step's memory from parameters, optimizer and sequence length.
+
+    sequence_length: tokens; None takes the longest (batch, tokens) of integers in a batch
 
     Raises ValueError for a size or length below 1, PredictionError where the model cannot be built on fake
     tensors.
     """
-    for name, value in (("batch_size", batch_size), ("sequence_length", sequence_length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; give a whole number of 1 or more")
+    _whole("batch_size", batch_size)
+    if sequence_length is not None:
+        _whole("sequence_length", sequence_length)
     with FakeTraining(case, like="cpu") as training:
         sizes = [parameter.nbytes for parameter in training.model.parameters()]
         gradients = training.gradient_bytes()
         state = sum(_state_bytes(one) for one in optimizers_in(training.optimizer))
         element = max(parameter.element_size() for parameter in training.model.parameters())
         shape = _shape(training.model)
-    if shape is None:
-        return Estimate(
-            sum(sizes), gradients, state, None, "no width and depth to be read from the model's config"
-        )
-    activations = _activations(*shape, batch_size * sequence_length, element, checkpointing)
+        length = sequence_length or training.sequence_length()
+    if shape is None or length is None:
+        lacks = "width and depth to be read from the model" if shape is None else "tokens in its batch"
+        return Estimate(sum(sizes), gradients, state, None, f"no {lacks}")
+    activations = _activations(*shape, batch_size * length, element, checkpointing)
     width, depth, vocabulary = shape
-    why = f"{depth} layers of {width}, vocabulary {vocabulary}, {sequence_length} tokens"
+    why = f"{depth} layers of {width}, vocabulary {vocabulary}, {length} tokens"
     return Estimate(sum(sizes), gradients, state, activations, why)
+
+
+def _whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; give a whole number of 1 or more")
 
 
 def _state_bytes(optimizer: Any) -> int:
@@ -123,12 +132,34 @@ def _activations(
 
 
 def _shape(model: torch.nn.Module) -> tuple[int, int, int] | None:
-    """(width, depth, vocabulary) from the model's ``config``; None where it has none of these."""
+    """(width, depth, vocabulary) from the model's ``config``, else from its modules; None without a clue."""
     config = getattr(model, "config", None)
     width, depth = _read(config, WIDTH), _read(config, DEPTH)
     if width is None or depth is None:
-        return None
+        return _shape_of_modules(model)
     return width, depth, _read(config, VOCABULARY) or 0
+
+
+def _shape_of_modules(model: torch.nn.Module) -> tuple[int, int, int] | None:
+    """The largest embedding says width and vocabulary; layers are the most modules of one class side by side
+    that have a linear layer of that width inside.
+    """
+    embeddings = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    if not embeddings:
+        return None
+    largest = max(embeddings, key=lambda module: module.num_embeddings)
+    width = largest.embedding_dim
+    depth = max((_layers_in(module, width) for module in model.modules()), default=0)
+    return (width, depth, largest.num_embeddings) if depth else None
+
+
+def _layers_in(parent: torch.nn.Module, width: int) -> int:
+    kinds = Counter(type(child) for child in parent.children() if _has_linear(child, width))
+    return max((count for kind, count in kinds.items() if kind is not torch.nn.Linear), default=0)
+
+
+def _has_linear(module: torch.nn.Module, width: int) -> bool:
+    return any(isinstance(one, torch.nn.Linear) and one.in_features == width for one in module.modules())
 
 
 def _read(config: Any, names: tuple[str, ...]) -> int | None:

@@ -134,7 +134,7 @@ class FakeTraining:
         self._manners = FakeManners(self.values)
         self._accounting = _Accounting(self.ledger, self.values)
         with self._stack:
-            self._stack.enter_context(leaving_no_trace())
+            self._remembered = self._stack.enter_context(leaving_no_trace(vars(self.case).values()))
             if self.like == "cuda":
                 self._stack.enter_context(as_cuda.as_cuda())
             with self._running(), self._reporting():
@@ -156,6 +156,15 @@ class FakeTraining:
         """What the gradients of all trainable parameters need."""
         return sum(one.numel() * one.element_size() for one in self.model.parameters() if one.requires_grad)
 
+    def sequence_length(self) -> int | None:
+        """Tokens of a sample: the longest second dimension of integers of shape (batch, tokens)."""
+        with self._reporting():
+            self._doing = "drawing a batch of 2"
+            tensors = pytree.tensors(self._draw(2))
+        return max(
+            (one.shape[1] for one in tensors if one.dim() == 2 and not one.is_floating_point()), default=None
+        )
+
     def step(self, batch_size: int) -> Peak:
         """Two steps the first time, one from then on. Raises PredictionError naming operation and line."""
         with self._reporting():
@@ -170,6 +179,8 @@ class FakeTraining:
                 f"case {self.case.name!r}: model() returned a {type(model).__name__}; "
                 "it has to return a torch.nn.Module"
             )
+        if not all(is_fake(parameter) for parameter in model.parameters()):
+            self._remembered.add([model])  # it may be somebody's own
         _make_fake(self._mode, model)
         model = model if model.training else model.train()
         if self.checkpointing:
@@ -237,7 +248,7 @@ class FakeTraining:
 
     def _with_values(self, real: Any) -> Any:
         fake = self._as_fake(real)
-        self.values.know(fake, real)
+        self.values.know(fake, real.clone())  # a step may write into it
         return fake
 
     def _as_fake(self, tensor: Any) -> Any:
@@ -282,12 +293,25 @@ def _is_in_place_for_real(func: Any) -> bool:
 
 
 def _make_fake(mode: Any, model: torch.nn.Module) -> None:
-    """Weights that came for real (from a file, from numpy) are exchanged for fake ones."""
+    """Weights that came for real (from a file, from numpy, on a GPU) are exchanged for fake ones."""
+    twins: dict[int, Any] = {}  # tied weights stay tied
     for module in model.modules():
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None and not is_fake(tensor):
-                    held[name] = as_fake(mode, tensor)
+                    if id(tensor) not in twins:
+                        twins[id(tensor)] = _twin(mode, tensor)
+                    held[name] = twins[id(tensor)]
+
+
+def _twin(mode: Any, tensor: Any) -> Any:
+    if tensor.device.type == "cpu":
+        return as_fake(mode, tensor)
+    with mode:
+        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        if isinstance(tensor, torch.nn.Parameter):
+            return torch.nn.Parameter(twin, requires_grad=tensor.requires_grad)
+    return twin
 
 
 def _as_if_wrapped(model: Any) -> Any:

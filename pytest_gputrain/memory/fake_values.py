@@ -60,11 +60,9 @@ class Values:
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One operation. Raises Unanswerable with the operation's name."""
-        flat, _ = tree_flatten((args, kwargs))
-        operands = [one for one in flat if isinstance(one, torch.Tensor)]
-        known = self._known(func, operands)
+        known = self._known(func, _tensors((args, kwargs)))
         try:
-            out = grouped_product(func, *args) if func is _GROUPED else func(*args, **kwargs)
+            out = grouped_product(func, *args) if func is _GROUPED else self._faked(func, args, kwargs)
         except shape_unknown():
             return self._answer(func, args, kwargs, known)
         if known:
@@ -73,13 +71,28 @@ class Values:
             self._forget(func, args, kwargs)
         return out
 
+    def _faked(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The operation, which must not write into a real tensor: fake modes let ``table += 1`` do that."""
+        if func._schema.is_mutable and not all(map(is_fake, _tensors((args, kwargs)))):
+            with outside():
+                args, kwargs = tree_map_only(torch.Tensor, self._twin, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _twin(self, tensor: Any) -> Any:
+        return tensor if is_fake(tensor) else as_fake(self.mode, tensor)
+
     def _known(self, func: Any, operands: list[Any]) -> bool:
         if torch.Tag.nondeterministic_seeded in func.tags or func.__name__.split(".")[0] in _UNWRITTEN:
             return False
         return all(self.of(one) is not None for one in operands)
 
     def _really(self, func: Any, args: Any, kwargs: Any) -> Any:
-        real_args, real_kwargs = tree_map_only(torch.Tensor, self.of, (args, kwargs))
+        def value(tensor: Any) -> Any:
+            real = self.of(tensor)
+            # What came along for real (a table, a running mean) is the program's own.
+            return real.clone() if real is tensor and func._schema.is_mutable else real
+
+        real_args, real_kwargs = tree_map_only(torch.Tensor, value, (args, kwargs))
         with outside(), torch.no_grad():
             return func(*real_args, **real_kwargs)
 
@@ -213,6 +226,10 @@ def grouped_product(func: Any, left: Any, right: Any, *args: Any) -> Any:
     """
     groups = () if left.dim() + right.dim() == 5 else (args[0].numel() if left.dim() == 2 else left.shape[0],)
     return left.new_empty((*groups, left.shape[-2], right.shape[-1]))
+
+
+def _tensors(tree: Any) -> list[Any]:
+    return [one for one in tree_flatten(tree)[0] if isinstance(one, torch.Tensor)]
 
 
 def _is_small(tensor: Any) -> bool:

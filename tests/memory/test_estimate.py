@@ -10,6 +10,7 @@ from torch import nn
 
 from pytest_gputrain import TrainingCase
 from pytest_gputrain.memory.estimate import estimate_memory
+from pytest_gputrain.reference.gpt import gpt_case
 from pytest_gputrain.reference.opt import case as opt
 
 plain = TrainingCase(
@@ -42,7 +43,7 @@ def test_it_calls_itself_an_estimate() -> None:
     assert str(estimate_memory(plain, 4, 1)) == (
         "estimate: 157.8 KiB + activations (parameters 39.5 KiB, gradients 39.5 KiB, "
         "optimizer state 78.9 KiB, activations unknown: "
-        "no width and depth to be read from the model's config)"
+        "no width and depth to be read from the model)"
     )
 
 
@@ -50,6 +51,12 @@ def test_activations_of_a_transformer_grow_with_tokens() -> None:
     short, long = (estimate_memory(opt, 8, length).activations or 0 for length in (64, 128))
     assert long == 2 * short > 0
     assert (estimate_memory(opt, 8, 64, checkpointing=True).activations or 0) < short
+
+
+def test_depth_and_width_are_read_from_layers_without_a_config() -> None:
+    estimate = estimate_memory(gpt_case(3, width=64, sequence_length=32, vocab_size=100), 8)
+    assert estimate.why == "3 layers of 64, vocabulary 100, 32 tokens"
+    assert (estimate.activations or 0) > 0
 
 
 def test_bad_input() -> None:

@@ -256,6 +256,56 @@ def test_leaves_no_trace(case: TrainingCase) -> None:
     assert type(nn.Linear(2, 2).weight.data) is Tensor
 
 
+calls = 0
+
+
+class Trainer:
+    """Keeps what trainers keep between steps."""
+
+    def __init__(self) -> None:
+        self.model = Attention()
+        self.losses: list[Tensor] = []
+        self.held = nn.Parameter(torch.ones(1))
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 1)
+
+    def loss(self, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        global calls
+        calls += 1
+        self.losses.append(cross_entropy(model, batch) * self.held.mean())
+        return self.losses[-1]
+
+    def step(self, model: Any, optimizer: Any, micro_batches: list[Any]) -> Tensor:
+        self.loss(model, micro_batches[0]).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return self.losses[-1].detach()
+
+
+def test_what_a_step_keeps_is_as_it_was() -> None:
+    trainer = Trainer()
+    case = replace(
+        nano, model=lambda: trainer.model, optimizer=lambda m: trainer.optimizer, step=trainer.step
+    )
+    case.step(trainer.model, trainer.optimizer, [case.batch(1, "cpu")])
+    trainer.model.eval()
+    before = (
+        trainer.losses.copy(), [*trainer.model.parameters()], calls, trainer.scheduler.state_dict(),
+        trainer.optimizer.state_dict(), trainer.held.grad, sorted(vars(trainer.model)), [*vars(trainer)],
+    )  # fmt: skip
+    assert predict_peak_memory(case, 4).peak_bytes > 0
+    after = (
+        trainer.losses.copy(), [*trainer.model.parameters()], calls, trainer.scheduler.state_dict(),
+        trainer.optimizer.state_dict(), trainer.held.grad, sorted(vars(trainer.model)), [*vars(trainer)],
+    )  # fmt: skip
+    assert [*map(repr, after)] == [*map(repr, before)]
+    assert all(one is other for one, other in zip(after[1], before[1], strict=True))
+    assert not trainer.model.training
+    case.step(trainer.model, trainer.optimizer, [case.batch(1, "cpu")])  # all of it is real
+    assert type(trainer.losses[-1]) is Tensor and type(trainer.held.grad) is Tensor
+
+
 def keeps_by_unknown(model: Any, batch: Any) -> Tensor:
     logits = model(batch[0])
     return F.cross_entropy(logits[logits.amax(-1) > 0], batch[1][logits.amax(-1) > 0])
