@@ -25,7 +25,8 @@ class Answer:
     bytes a sample), and law_floor what is needed whatever the size. given: whether capacity is the user's,
     not the device's. capacity, limit, by_category, overhead_bytes: bytes. source: "discovered" or "cache" of
     what was measured. error_bar: how far the truth may be below and above a prediction, as fractions of it.
-    failure: where memory ran out at the minimum.
+    failure: where memory ran out at the minimum. beside: the peak at the answer in bytes as other methods see
+    it, "estimate" by formula and "predicted" from fake tensors.
     """
 
     case: str
@@ -46,6 +47,7 @@ class Answer:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     failure: str = ""
+    beside: Mapping[str, int] = field(default_factory=dict)
     overhead_bytes: int = 0
     law_floor: float = 0.0
     error_bar: tuple[float, float] | None = None
@@ -64,6 +66,8 @@ class Answer:
         lines += [f"  it ran out {self.failure}"] if self.failure else []
         if self.by_category and not self.failure:  # which says it
             lines.append(f"  {'at the peak' if self.size else 'of that'}: {self._categories()}")
+        if self.beside and self.size:
+            lines.append(f"  the peak by method: {self._by_method()}")
         if self.law is not None:
             fixed, slope = (format_size(max(0, round(part))) for part in self.law)
             floor = f", at least {format_size(round(self.law_floor))}" if self.law_floor else ""
@@ -124,6 +128,14 @@ class Answer:
             shown.append(f"CUDA context {format_size(self.overhead_bytes)} (assumed)")
         return ", ".join(shown)
 
+    def _by_method(self) -> str:
+        return ", ".join(f"{method} {format_size(size)}" for method, size in self.peaks_by_method().items())
+
+    def peaks_by_method(self) -> dict[str, int]:
+        """Bytes at the answer, the roughest first: an estimate is never shown without what it is."""
+        own = {} if self.peak is None else {self.method: self.peak - self.overhead_bytes}
+        return {**self.beside, **own}
+
     def document(self) -> dict[str, Any]:
         """The same for programs; sizes in bytes."""
         return {
@@ -137,6 +149,7 @@ class Answer:
             "device_batch_size": self.size,
             "at_maximum": self.at_maximum,
             "peak_bytes": self.peak,
+            "peak_by_method": self.peaks_by_method() if self.size else {},
             "by_category": dict(self.by_category),
             "overhead_bytes": self.overhead_bytes,
             "law": self._law(),

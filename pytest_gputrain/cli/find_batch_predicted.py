@@ -75,7 +75,21 @@ def predicted(request: Request, case: TrainingCase) -> dict[str, Any]:
         "error_bar_origin": f"{bar.of}; {ERROR_BAR_ORIGIN}",
         "warnings": () if law.holds else (f"memory does not grow in a straight line: {law}",),
         "notes": tuple(prediction.notes),
+        "beside": estimated(case, prediction.batch_size, request),
     }
+
+
+def estimated(case: TrainingCase, batch_size: int, request: Request) -> dict[str, int]:
+    """{"estimate": bytes by the formula}, empty where it does not know the model."""
+    from pytest_gputrain.memory.estimate import estimate_memory
+    from pytest_gputrain.memory.fake_seam import PredictionUnavailable
+    from pytest_gputrain.memory.fake_step import PredictionError
+
+    try:
+        estimate = estimate_memory(case, batch_size, checkpointing=request.checkpointing)
+    except (PredictionError, PredictionUnavailable):
+        return {}
+    return {} if estimate.activations is None else {"estimate": estimate.total_bytes}
 
 
 def _largest(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.case.loading import CaseError, load_case
 from pytest_gputrain.cli.find_batch_job import Events, Request
-from pytest_gputrain.cli.find_batch_predicted import CannotPredict, predicted
+from pytest_gputrain.cli.find_batch_predicted import CannotPredict, estimated, predicted
 
 if TYPE_CHECKING:
     from pytest_gputrain.case import TrainingCase
@@ -57,10 +57,18 @@ def _one_case(spec: str) -> TrainingCase:
 def _measured(request: Request, case: TrainingCase) -> dict[str, Any]:
     from pytest_gputrain.batch.cache import BatchCache
     from pytest_gputrain.batch.discovery import find_batch
+    from pytest_gputrain.batch.seed import Seed
 
     events = Events(request.progress)
     limit = None if request.capacity is None else int(request.capacity * request.margin)
-    events.write(doing="building the model and running the first probe", limit=limit)
+    events.write(doing="predicting, then running the first probe", limit=limit)
+    seed = Seed(
+        case,
+        "cuda" if request.device == "cuda" else "cpu",
+        checkpointing=request.checkpointing,
+        accumulation_steps=1 if request.share in (None, 1) else 2,
+        world_size=request.world_size,
+    )
 
     def on_probe(size: int, peak: float | None, seconds: float) -> None:
         events.write(size=size, peak=peak, seconds=seconds)
@@ -84,7 +92,11 @@ def _measured(request: Request, case: TrainingCase) -> dict[str, Any]:
         strategy=request.strategy,
         cache=None if request.cache is None else BatchCache(Path(request.cache)),
         on_probe=on_probe,
+        predicted=seed,
     )
+    beside = {} if found.source == "cache" else estimated(case, found.size or request.minimum, request)
+    if found.source != "cache" and (law := seed.law()) is not None:
+        beside["predicted"] = round(law(found.size or request.minimum))
     return {
         "method": "measured",
         "device": _device_name(request.device),
@@ -101,6 +113,7 @@ def _measured(request: Request, case: TrainingCase) -> dict[str, Any]:
         "warnings": tuple(found.warnings),
         "notes": (found.data_parallel,) if found.data_parallel else (),
         "failure": found.failure,
+        "beside": beside,
     }
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pytest_gputrain.cli import main
+from pytest_gputrain.values import format_size
 
 ROOT = Path(__file__).parents[2]
 CASES = """
@@ -92,6 +93,10 @@ def test_it_measures_tells_keeps_and_draws(tmp_path: Path, capsys: pytest.Captur
         False,
     )
     assert {"cpu", "torch", "commit", "time"} <= set(document["origin"])
+    by_method = document["peak_by_method"]
+    assert [*by_method] == ["predicted", "measured"]  # no estimate of what is no transformer
+    assert by_method["predicted"] == pytest.approx(peaks[size], rel=0.3)
+    assert f", measured {format_size(peaks[size])}\n" in first.out
     lines = first.out.splitlines()
     assert lines[0] == "mine:net: real training steps on the CPU, within 22.9 MiB"
     assert lines[1].split() == ["batch", "peak", "of", "limit", "seconds"]
@@ -163,6 +168,15 @@ def test_a_gpu_that_is_not_here_is_predicted(tmp_path: Path, capsys: pytest.Capt
     assert any(line.startswith("  predicted, not measured: -") for line in rest)
     assert "predicted" in (tmp_path / "out.svg").read_text()
     assert not (tmp_path / "cache").exists()
+
+
+@needs_linux
+def test_an_estimate_stands_beside_a_prediction(capsys: pytest.CaptureFixture[str]) -> None:
+    reference = "pytest_gputrain.reference.gpt:case"
+    assert code_of("find-batch", reference, "--capacity=1GB", "--max=8", "--json=-") == 0
+    told = capsys.readouterr()
+    assert [*json.loads(told.out)["peak_by_method"]] == ["estimate", "predicted"]
+    assert "  the peak by method: estimate " in told.err
 
 
 @needs_linux
