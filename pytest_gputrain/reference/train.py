@@ -27,7 +27,9 @@ from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.memory.guard import OomGuard
 from pytest_gputrain.reference.train_batch import Decision, decide, log_to_stdout
 from pytest_gputrain.reference.train_checkpoint import Checkpoint, check_writable, config_dict, load, save
+from pytest_gputrain.reference.train_config import checked
 from pytest_gputrain.reference.train_job import Job, job_of
+from pytest_gputrain.reference.train_length import Length, length_of
 from pytest_gputrain.reference.train_loop import Course, Loop
 from pytest_gputrain.reference.train_options import Options, TrainUsageError, parse
 from pytest_gputrain.reference.train_ranks import Ranks, ranks
@@ -59,18 +61,26 @@ class _Trained:
 
 
 def _train(options: Options, here: Ranks, job: Job, checkpoint: Checkpoint | None) -> None:
+    if wrong := checked(vars(options), tokens=job.tokens, world_size=here.world_size):
+        raise TrainUsageError(wrong)
     decision = decide(options, here, job, checkpoint)
+    length = length_of(options, decision.plan, job.tokens)
     print(decision.plan, flush=True)  # each rank its own, which has to be the same
     start_seconds = _seconds_since_start() - decision.seconds
-    done = _under_budget(options, here, job, checkpoint, decision)
+    done = _under_budget(options, here, job, checkpoint, decision, length)
     if here.is_first:
         if options.out:
-            save(_checkpoint(options, job, checkpoint, decision, done), options.out)
-        _tell(options, _metrics(options, here, job, decision, done, start_seconds))
+            save(_checkpoint(options, job, checkpoint, decision, length, done), options.out)
+        _tell(options, length, done, _metrics(options, here, job, decision, length, done, start_seconds))
 
 
 def _under_budget(
-    options: Options, here: Ranks, job: Job, checkpoint: Checkpoint | None, decision: Decision
+    options: Options,
+    here: Ranks,
+    job: Job,
+    checkpoint: Checkpoint | None,
+    decision: Decision,
+    length: Length,
 ) -> _Trained:
     """The training itself; model and optimizer are made inside, so that the budget counts them."""
     with _guard(options, here) as guard:
@@ -87,9 +97,8 @@ def _under_budget(
             loss=job.case.loss,
             step=job.step,
             rates=rates,
-            micro_batches=decision.plan.micro_batches(),
+            length=length,
             device_batch_size=decision.size,
-            tokens_per_step=decision.plan.global_batch_size * job.tokens,
             first_step=checkpoint.step if checkpoint else 0,
         )
         started = time.perf_counter()
@@ -126,14 +135,18 @@ def _restore(
 
 
 def _checkpoint(
-    options: Options, job: Job, before: Checkpoint | None, decision: Decision, done: _Trained
+    options: Options,
+    job: Job,
+    before: Checkpoint | None,
+    decision: Decision,
+    length: Length,
+    done: _Trained,
 ) -> Checkpoint:
     pretraining = before.pretraining_batch_size if before and options.is_later_stage else decision.size
     return Checkpoint(
         stage=options.stage,
-        step=(before.step if before else 0) + options.steps,
-        tokens=(before.tokens if before else 0)
-        + options.steps * decision.plan.global_batch_size * job.tokens,
+        step=(before.step if before else 0) + length.steps,
+        tokens=(before.tokens if before else 0) + length.tokens,
         config=config_dict(job.config),
         device_batch_size=decision.size,
         pretraining_batch_size=pretraining,
@@ -145,27 +158,33 @@ def _checkpoint(
 
 
 def _metrics(
-    options: Options, here: Ranks, job: Job, decision: Decision, done: _Trained, start_seconds: float
+    options: Options,
+    here: Ranks,
+    job: Job,
+    decision: Decision,
+    length: Length,
+    done: _Trained,
+    start_seconds: float,
 ) -> dict[str, Any]:
     """What the run came to. Times in seconds, of the first rank; ``*_seconds`` do not overlap.
 
     tokens_per_second: from the median step; the first one warms up and is left out where there are others.
     """
     steps = done.course.step_seconds
-    tokens = decision.plan.global_batch_size * job.tokens
+    tokens = length.tokens_of(1)
     return {
         "case": job.case.name,
         "stage": options.stage,
         "device": here.device.type,
         "world_size": here.world_size,
-        "steps": options.steps,
+        "steps": length.steps,
         "memory_budget": options.budget(here.rank),
         **decision.figures(),
         "start_seconds": start_seconds,
         "discovery_seconds": decision.seconds,
         "training_seconds": done.seconds - done.course.evaluation_seconds,
         "evaluation_seconds": done.course.evaluation_seconds,
-        "tokens": tokens * options.steps,
+        "tokens": length.tokens,
         "tokens_per_second": tokens / median(steps[1:] or steps),
         "first_loss": done.course.losses[0],
         "final_loss": done.course.losses[-1],
@@ -174,10 +193,16 @@ def _metrics(
     }
 
 
-def _tell(options: Options, metrics: dict[str, Any]) -> None:
+def _tell(options: Options, length: Length, done: _Trained, metrics: dict[str, Any]) -> None:
     line = json.dumps(metrics)
     if options.metrics:
-        options.metrics.write_text(line + "\n", encoding="utf-8")
+        steps = enumerate(zip(done.course.losses, done.course.rates, strict=True), 1)
+        records = (
+            {"step": number, "loss": loss, "tokens": length.tokens_until(number), "learning_rate": rate}
+            for number, (loss, rate) in steps
+        )
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        options.metrics.write_text(text + line + "\n", encoding="utf-8")
     print(line, flush=True)
 
 

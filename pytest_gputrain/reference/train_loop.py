@@ -12,6 +12,7 @@ from torch import nn
 
 from pytest_gputrain.case.defaults import unwrapped
 from pytest_gputrain.reference.train_data import EVALUATION
+from pytest_gputrain.reference.train_length import Length
 from pytest_gputrain.reference.train_options import Options
 from pytest_gputrain.reference.train_ranks import Ranks
 
@@ -26,9 +27,13 @@ class Source(Protocol):
 
 @dataclass
 class Course:
-    """What a run came to. Times in seconds; `step_seconds` is one number a step, evaluation left out."""
+    """What a run came to. Times in seconds; `step_seconds` is one number a step, evaluation left out.
+
+    rates: of the first parameter group, by step.
+    """
 
     losses: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     evaluation_seconds: float = 0.0
     eval_loss: float | None = None
@@ -36,7 +41,7 @@ class Course:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """A run about to begin. micro_batches: sizes of one rank's micro-batches in a step, in samples.
+    """A run about to begin. length: steps, and the sizes of their micro-batches.
 
     rates: the highest learning rate of each parameter group. first_step: how many steps the checkpoint had
     seen, so that samples are not seen again.
@@ -47,25 +52,23 @@ class Loop:
     source: Source
     loss: Callable[[Any, Any], Any]
     step: Callable[[Any, Any, list[Any]], Any]
-    micro_batches: tuple[int, ...]
+    length: Length
     rates: tuple[float, ...]
     device_batch_size: int
-    tokens_per_step: int
     first_step: int = 0
 
     def run(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Course:
         """Train all steps; ``model`` is data parallel where there are several ranks."""
-        course, options = Course(), self.options
+        course, options, steps = Course(), self.options, self.length.steps
         model.train()
-        for number in range(1, options.steps + 1):
+        for number in range(1, steps + 1):
             loss, lr, seconds = self._train(number, model, optimizer)
             course.losses.append(loss)
+            course.rates.append(lr)
             course.step_seconds.append(seconds)
-            speed = self.tokens_per_step / seconds
-            self.ranks.say(
-                f"step {number}/{options.steps} | loss {loss:.6f} | lr {lr:.3e} | {speed:,.0f} tokens/s"
-            )
-            if number == options.steps or (options.eval_every and number % options.eval_every == 0):
+            speed = self.length.tokens_of(number) / seconds
+            self.ranks.say(f"step {number}/{steps} | loss {loss:.6f} | lr {lr:.3e} | {speed:,.0f} tokens/s")
+            if number == steps or (options.eval_every and number % options.eval_every == 0):
                 self._evaluate(number, model, course)
         return course
 
@@ -74,7 +77,7 @@ class Loop:
     ) -> tuple[float, float, float]:
         """One step: (loss of the whole batch, learning rate, seconds)."""
         started = self.ranks.clock()
-        share_of_rate = schedule(number, self.options.steps, self.options.warmup_steps)
+        share_of_rate = schedule(number, self.length.steps, self.options.warmup_steps)
         # Set and not scaled: a checkpoint's optimizer brings its own rate, which is not this run's.
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share_of_rate
@@ -83,9 +86,9 @@ class Loop:
         return loss, self.rates[0] * share_of_rate, self.ranks.clock() - started
 
     def _batches(self, number: int) -> list[Any]:
-        first = self.ranks.rank * sum(self.micro_batches)
-        batches = []
-        for count in self.micro_batches:
+        plan, batches = self.length.plan_of(number), []
+        first = self.ranks.rank * plan.samples_per_rank
+        for count in plan.micro_batches():
             batches.append(self.source.batch(self.first_step + number - 1, first, count, self.ranks.device))
             first += count
         return batches

@@ -19,6 +19,7 @@ DATASETS = ("synthetic", "text")
 # Later stages move an already trained model: nanochat's ratios in the round.
 LEARNING_RATES = {"base": 1e-3, "mid": 3e-4, "sft": 1e-4}
 DEFAULT_DEPTH = 4
+DEFAULT_STEPS = 20
 SHAPE = ("depth", "width", "vocab_size", "sequence_length", "dropout")
 DEFAULT_SEQUENCE_LENGTH = 64
 NUM_BYTES = 256  # tokens are bytes; a larger vocabulary only costs memory, as a real one does
@@ -32,7 +33,8 @@ class TrainUsageError(ValueError):
 class Options:
     """What was asked for; None where the user left it open.
 
-    depth and what belongs to it may come of a checkpoint. lr: None leaves a case's optimizer its own.
+    depth and what belongs to it may come of a checkpoint. lr: None leaves a case's optimizer its own. tokens
+    go before steps. block_size, world_size: what a configuration was planned for.
     memory_budget: bytes, one a rank (the last stands for the ranks beyond); empty without a budget.
     """
 
@@ -44,6 +46,7 @@ class Options:
     sequence_length: int | None
     dropout: float | None
     steps: int
+    tokens: int | None
     lr: float | None
     warmup_steps: int | None
     max_norm: float
@@ -63,6 +66,9 @@ class Options:
     eval_batches: int
     eval_batch_factor: int
     case: str | None
+    config: Path | None
+    block_size: int | None
+    world_size: int | None
     checkpoint: Path | None
     out: Path | None
     metrics: Path | None
@@ -78,8 +84,11 @@ class Options:
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Read a command line. Raises TrainUsageError, one line that says what is legal."""
-    given = vars(_parser().parse_args(arguments))
+    given = _with_config(arguments)
     given["memory_budget"] = given["memory_budget"] or ()
+    if given["tokens"] is not None and given["steps"] is not None:
+        raise TrainUsageError("--steps and --tokens both say how long to train; give one of them")
+    given["steps"] = given["steps"] or DEFAULT_STEPS
     if given["case"] is None:
         given["lr"] = given["lr"] or LEARNING_RATES[given["stage"]]
     if given["stage"] != "base" and given["checkpoint"] is None:
@@ -87,6 +96,26 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
             f"--stage {given['stage']} starts from the base stage's checkpoint; give --checkpoint FILE"
         )
     return Options(**given)
+
+
+def _with_config(arguments: Sequence[str] | None) -> dict[str, Any]:
+    """What was given, by itself or in a configuration."""
+    parser = _parser()
+    given = vars(parser.parse_args(arguments))
+    if given["config"] is None:
+        return given
+    from pytest_gputrain.reference.train_config import ConfigError, defaults_of
+
+    try:
+        planned = defaults_of(given["config"], parser)
+    except ConfigError as error:
+        raise TrainUsageError(str(error)) from None
+    if given["steps"] is not None:  # to try a branch out
+        del planned["tokens"]
+    if given["case"] is None and given["checkpoint"] is None:  # else the model is what it is
+        planned.setdefault("sequence_length", planned["block_size"])
+    parser.set_defaults(**planned)
+    return vars(parser.parse_args(arguments))
 
 
 def refuse_shape(options: Options, case: str) -> None:
@@ -130,7 +159,9 @@ def _what(parser: argparse.ArgumentParser) -> None:
 
 
 def _how(parser: argparse.ArgumentParser) -> None:
-    _add(parser, "steps", _whole(1), 20, "optimizer steps (default 20)", "num_iterations")
+    text = f"optimizer steps (default {DEFAULT_STEPS})"
+    _add(parser, "steps", _whole(1), None, text, "num_iterations")
+    _add(parser, "tokens", _whole(1), None, "tokens to see, in place of steps; the last step is cut to fit")
     _add(parser, "lr", _number(0, math.inf, "above 0", low_too=False), None, "highest learning rate")
     _add(parser, "warmup_steps", _whole(0), None, "steps of linear warm-up (default a tenth)")
     _add(
@@ -168,9 +199,13 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
 
 
 def _files(parser: argparse.ArgumentParser) -> None:
+    _add(parser, "config", Path, None, "a branch that gputrain branches plan wrote; options go before it")
+    # Only a configuration says these.
+    for name in ("block_size", "world_size"):
+        parser.add_argument(f"--{name}", type=_whole(1), help=argparse.SUPPRESS)
     _add(parser, "checkpoint", Path, None, "start from this file")
     _add(parser, "out", Path, None, "write the checkpoint here, at the end")
-    _add(parser, "metrics", Path, None, "write the final JSON line here too")
+    _add(parser, "metrics", Path, None, "write JSON lines here: the steps, then the final one")
 
 
 def _add(

@@ -90,12 +90,14 @@ def _by_k(axes: Any, curves: Sequence[Curve]) -> None:
     for label, marker, line, pairs in series:
         shown = sorted((k, loss) for k, loss in pairs if loss is not None and math.isfinite(loss))
         if shown:
-            ks, losses = zip(*shown, strict=True)
+            places, losses = zip(*shown, strict=True)
             colour = "#0072B2" if marker == "o" else "#009E73"
-            axes.plot(ks, losses, marker=marker, linestyle=line, color=colour, markersize=5, label=label)
+            axes.plot(places, losses, marker=marker, linestyle=line, color=colour, markersize=5, label=label)
     _frame(axes, "k (batch by base batch)", "loss")
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator([curve.k for curve in curves]))
+    ks = [curve.k for curve in curves]
+    axes.set_xlim(min(ks) / 1.2, max(ks) * 1.2)  # of a branch without a loss too
+    axes.xaxis.set_major_locator(FixedLocator(ks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda k, _place: f"{k:g}")
     if axes.lines:

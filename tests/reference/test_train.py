@@ -48,7 +48,10 @@ def test_one_line_a_step_and_a_last_line_of_json(capsys: pytest.CaptureFixture[s
     assert run.metrics["tokens"] == 3 * 8 * 16
     assert run.metrics["final_loss"] < run.metrics["first_loss"]
     assert min(run.metrics[f"{part}_seconds"] for part in ("start", "training", "evaluation")) > 0
-    assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == run.metrics
+    *steps, last = map(json.loads, (tmp_path / "new" / "metrics.json").read_text().splitlines())
+    assert last == run.metrics
+    assert [(step["step"], step["tokens"]) for step in steps] == [(1, 128), (2, 256), (3, 384)]
+    assert steps[-1]["loss"] == last["final_loss"]
 
 
 @pytest.mark.parametrize("dataset", ["synthetic", "text"])
