@@ -85,7 +85,8 @@ class TrainingProbe:
             stack.callback(release)
             stack.enter_context(_quick_collections())
             roots = [self.model, *global_hooks(), *([self.optimizer] if self.optimizer is not None else [])]
-            self._snapshot = stack.enter_context(Snapshot(*roots))
+            loop = (self.case.step, self.case.loss)
+            self._snapshot = stack.enter_context(Snapshot(*roots, functions=loop))
             self._stack = stack.pop_all()
         return self
 

@@ -6,18 +6,20 @@ budget (on a CPU device that is one more copy of the parameters in host memory),
 storages.
 
 Covered: everything reachable from the roots through modules, optimizers, containers and plain objects:
-values, gradients, flags, hooks, attributes, random generators. Not covered: what hangs elsewhere, such as a
-list in a module's globals or a closure of the training loop.
+values, gradients, flags, hooks, attributes, random generators; and the state of training that the loop's
+functions keep (``probe_kept.py``). Not covered: what hangs elsewhere, such as a list in a module's globals.
 """
 
 from __future__ import annotations
 
 import collections
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from pytest_gputrain.batch.probe_kept import STATE, kept_by
 
 # A longer container is data (a data set, a vocabulary), not state of training: walking it would take seconds.
 MOST_ITEMS = 10_000
@@ -36,7 +38,7 @@ class Snapshot:
     ``rewind()`` does the same in between, except for gradients, which are None until the end.
     """
 
-    def __init__(self, *roots: object) -> None:
+    def __init__(self, *roots: object, functions: Sequence[object] = ()) -> None:
         self._containers: list[Undo] = []
         self._storages: dict[int, Undo] = {}
         self._tensors: list[Undo] = []
@@ -44,6 +46,10 @@ class Snapshot:
         self._grads: list[_Parked] = []
         self._seen: dict[int, object] = {}  # the objects too, so that no id is given twice
         todo: list[object] = list(roots)
+        for function in functions:
+            state, undo = kept_by(function)
+            todo += state
+            self._containers += undo
         while todo:
             todo += self._take(todo.pop())
         self._seen.clear()
@@ -118,8 +124,8 @@ class _Parked:
 
 def _is_walked(value: object) -> bool:
     """Whether this object's attributes are state of training."""
-    if isinstance(value, torch.nn.Module | torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler):
-        return True
+    if isinstance(value, STATE):
+        return not isinstance(value, torch.Tensor)
     if isinstance(value, dict | list | set | tuple | collections.deque):  # OrderedDict has a __dict__ as well
         return False
     return hasattr(value, "__dict__") and type(value).__module__.split(".")[0] not in _NOT_WALKED

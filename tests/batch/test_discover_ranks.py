@@ -27,7 +27,8 @@ def _unreadable(device: Any) -> tuple[int, int]:
 
 def _four_megabytes(device: Any) -> tuple[int, int]:
     """Free beside a `Language`, whose own memory counts as its rank's."""
-    return 4 * 10**6 - probe_target.num_bytes([*Language().parameters()]), 2**40
+    free = 4 * 10**6 - probe_target.num_bytes([*Language().parameters()])
+    return int(free / probe_target.HOST_SHARE), 2**40
 
 
 def _on_a_rank(folder: str) -> dict[str, Told]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -77,6 +78,52 @@ def test_no_trace(used: bool, error: BaseException | None) -> None:
         assert error is None
     after = everything_of(model, optimizer)
     assert [name for name in before if not same(before[name], after[name])] == []
+
+
+class Averaging:
+    """A step that keeps an average of the weights from its first call on, and a gradient scaler."""
+
+    def __init__(self) -> None:
+        self.average: Any = None
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
+        self.calls = 0
+
+    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Any) -> None:
+        self.calls += 1
+        self.scaler.scale(square(model, micro_batches[0])).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        self.average = self.average or torch.optim.swa_utils.AveragedModel(model)
+        self.average.update_parameters(model)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_no_trace_in_what_the_step_keeps(kept: bool) -> None:
+    step, model = Averaging(), mlp(16)
+    if kept:
+        step(model, torch.optim.SGD(model.parameters(), lr=0.1), [rows(2, "cpu")])
+    average, calls, scale = step.average, step.calls, step.scaler.get_scale()
+    before = copy.deepcopy(average.state_dict()) if kept else None
+
+    for same_step in (step, step.__call__, functools.partial(step.__call__)):
+        find_batch(case_of(mlp, step=same_step), model=model, capacity="1MB", max_batch_size=8)
+        assert step.average is average
+        assert step.scaler.get_scale() == scale
+        assert before is None or same(before, average.state_dict())
+        assert not step.scaler._per_optimizer_states
+    assert step.calls > calls  # what it counts is its author's
+
+
+def test_no_trace_in_a_closure_of_the_step() -> None:
+    average: Any = None
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Any) -> None:
+        nonlocal average
+        square(model, micro_batches[0]).backward()
+        average = average or torch.optim.swa_utils.AveragedModel(model)
+
+    find_batch(case_of(mlp, step=step), model=mlp(16), capacity="1MB", max_batch_size=2)
+    assert average is None
 
 
 def peaks(case: TrainingCase, size: int = 4, **settings: Any) -> tuple[float, dict[str, int]]:
