@@ -32,6 +32,8 @@ _HOMES = {
     "ddp_completes": "data_parallel",
     "ddp_parity": "parity",
     "ddp_data_differs": "data_differs",
+    "accumulation_parity": "accumulation_parity",
+    "accumulation_schedule": "accumulation_schedule",
     "batch_size_found": "batch_found",
     "batch_size_holds": "batch_holds",
 }

@@ -16,7 +16,7 @@ OnResult = Callable[[CheckResult], None]
 
 # A hang costs the time it takes to be sure of it: a run that has one, and is red, pays for it once.
 _HANGS = ("HUNG", "TIMED_OUT")
-_AFTER_A_HANG = ("ddp_parity", "ddp_data_differs")
+_AFTER_A_HANG = ("ddp_parity", "ddp_data_differs", "accumulation_schedule")
 
 
 def run_checks(

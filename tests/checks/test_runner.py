@@ -21,6 +21,8 @@ IDS = [
     "ddp_completes",
     "ddp_parity",
     "ddp_data_differs",
+    "accumulation_parity",
+    "accumulation_schedule",
     "batch_size_found",
     "batch_size_holds",
 ]
@@ -31,6 +33,7 @@ def test_ids_are_the_designs() -> None:
     assert {get_check(check_id).subject for check_id in IDS} == {
         "gradient flow",
         "data parallel",
+        "accumulation",
         "batch size",
     }
 

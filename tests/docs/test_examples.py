@@ -60,7 +60,7 @@ def test_the_tour() -> None:
     counts = dict(
         reversed(found) for found in re.findall(r"(\d+) (passed|skipped)", done.stdout.splitlines()[-1])
     )
-    assert counts["passed"] == "10", done.stdout
+    assert counts["passed"] == "12", done.stdout
     assert "needs 2 GPUs, found" in done.stdout
 
 

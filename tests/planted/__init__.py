@@ -1,6 +1,7 @@
 """Small training programs: broken ones with one known defect each, and healthy ones that look suspicious."""
 
 from tests.planted import (
+    broken_accumulation,
     broken_averages,
     broken_data,
     broken_divergence,
@@ -9,6 +10,7 @@ from tests.planted import (
     broken_hangs,
     broken_late,
     broken_memory,
+    healthy_accumulation,
     healthy_data,
     healthy_loops,
     healthy_memory,
@@ -22,6 +24,7 @@ __all__ = [
     "BROKEN",
     "HEALTHY",
     "Plant",
+    "broken_accumulation",
     "broken_averages",
     "broken_data",
     "broken_divergence",
@@ -30,6 +33,7 @@ __all__ = [
     "broken_hangs",
     "broken_late",
     "broken_memory",
+    "healthy_accumulation",
     "healthy_data",
     "healthy_loops",
     "healthy_memory",

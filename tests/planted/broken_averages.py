@@ -35,14 +35,16 @@ def comm_hook_that_does_not_divide() -> TrainingCase:
 
 def clipping_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
     optimizer.zero_grad()
+    total = torch.zeros(())
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with torch.enable_grad() if last else model.no_sync():
             value = loss(model, batch) / len(micro_batches)
             value.backward()
+        total = total + value.detach()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     optimizer.step()
-    return value.detach()
+    return total
 
 
 @broken({"ddp_parity": "gradients are 2.000 x"})
@@ -87,14 +89,16 @@ class ByHand(nn.Module):
 
 def by_hand_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
     optimizer.zero_grad()
+    total = torch.zeros(())
     for batch in micro_batches:
         value = loss(model, batch) / len(micro_batches)
         value.backward()
+        total = total + value.detach()
     if hasattr(model, "finish"):
         model.finish()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     optimizer.step()
-    return value.detach()
+    return total
 
 
 def by_hand_without_dividing(model: Any) -> nn.Module:
@@ -166,7 +170,7 @@ def plain_average_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor
     return value.detach()
 
 
-@broken({"ddp_parity": "a plain average of each rank's token mean"})
+@broken({"ddp_parity": "a plain average of each rank's token mean"}, may_fail=("accumulation_schedule",))
 def average_of_token_means() -> TrainingCase:
     return case(
         "average_of_token_means",

@@ -77,16 +77,18 @@ class Averages:
         if self.of is not optimizer:
             self.of, self.average = optimizer, [p.detach().clone() for p in model.parameters()]
         optimizer.zero_grad()
+        total = torch.zeros((), device=next(model.parameters()).device)
         for micro_batch in micro_batches:
             value = next_token_loss(model, micro_batch) / len(micro_batches)
             value.backward()
+            total = total + value.detach()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        self.metrics += [float(value), float(norm)]
-        self.last.append(value.detach())
+        self.metrics += [float(total), float(norm)]
+        self.last.append(total)
         with torch.no_grad():
             torch._foreach_lerp_(self.average, list(model.parameters()), 0.1)
-        return value.detach()
+        return total
 
 
 @healthy

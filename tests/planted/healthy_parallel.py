@@ -58,14 +58,15 @@ def summed_loss() -> TrainingCase:
 def summed_clipping_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
     """Keeps the sum over ranks, then clips it."""
     optimizer.zero_grad()
-    value = torch.zeros(())
+    total = torch.zeros(())
     for index, batch in enumerate(micro_batches):
         model.require_backward_grad_sync = index == len(micro_batches) - 1
         value = sum_loss(model, batch) * dist.get_world_size()
         value.backward()
+        total = total + value.detach()
     torch.nn.utils.clip_grad_value_(model.parameters(), 0.05)
     optimizer.step()
-    return value.detach()
+    return total
 
 
 @healthy
@@ -75,12 +76,13 @@ def summed_loss_with_clipping() -> TrainingCase:
 
 def summed_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
     optimizer.zero_grad()
-    value = torch.zeros(())
+    total = torch.zeros(())
     for batch in micro_batches:
         value = sum_loss(model, batch)
         value.backward()
+        total = total + value.detach()
     optimizer.step()
-    return value.detach()
+    return total
 
 
 @healthy
