@@ -47,6 +47,7 @@ def parse_seconds(text: str) -> float:
 
 def parse_size(size: str | float) -> int:
     """Return ``size`` in bytes, ``80e9`` as well. Raises ``ValueError`` saying what is legal."""
+    __tracebackhide__ = True
     number, unit = math.nan, ""
     if (isinstance(size, int) and not isinstance(size, bool)) or (
         isinstance(size, float) and size.is_integer()

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.batch import bounds
 from pytest_gputrain.batch.agreement import DiscoveryFailed, RankFailed, ranks_of
+from pytest_gputrain.batch.discovered import not_a_case
 from pytest_gputrain.batch.joint_discovery import JointDiscovery
 from pytest_gputrain.batch.ladder import legal_sizes
 from pytest_gputrain.batch.language import language_case
 from pytest_gputrain.batch.search import checked_strategy
+from pytest_gputrain.case import TrainingCase
 
 if TYPE_CHECKING:
     import torch
 
     from pytest_gputrain.batch.cache import BatchCache
-    from pytest_gputrain.case import TrainingCase
 
 log = logging.getLogger("pytest_gputrain.batch")
 
@@ -70,9 +71,11 @@ def discover_batch_size(
     place = known_device(device)
     bounds.checked_rank(ddp_rank, ddp_world_size)
     if override is not None:
-        return manual(override, bounds.per_rank(global_batch_size, ddp_world_size), rank=ddp_rank)
+        return manual(override, bounds.per_rank(global_batch_size, ddp_world_size), "override", rank=ddp_rank)
 
     def checked() -> _Asked:
+        if case is not None and not isinstance(case, TrainingCase):
+            raise ValueError(not_a_case(case))
         share = bounds.per_rank(global_batch_size, ddp_world_size)
         least, most = bounds.checked_range(min_batch_size, max_batch_size)
         sizes = legal_sizes(least, most, divides=share)
@@ -121,9 +124,11 @@ class _Asked:
     conservative: int
 
 
-def manual(size: object, share: int | None = None, *, rank: int = 0) -> int:
-    """A size that the user chose. Raises ``ValueError`` when it is none, or does not divide ``share``."""
-    chosen = bounds.dividing("device_batch_size", size, share)
+def manual(size: object, share: int | None = None, name: str = "device_batch_size", *, rank: int = 0) -> int:
+    """A size that the user chose, as ``name``. Raises ``ValueError`` when it is none, or does not divide
+    ``share``.
+    """
+    chosen = bounds.dividing(name, size, share)
     if not rank:
         log.info("Using manual device_batch_size=%d", chosen)
     return chosen

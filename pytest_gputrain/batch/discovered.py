@@ -49,6 +49,14 @@ class Discovered:
     known: Mapping[int, float | None] = field(default_factory=dict)
     cache_key: Mapping[str, Any] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """The answer in one line, to print."""
+        if not self.size:
+            return f"nothing fits within {format_size(self.limit)}: {self.failure}"
+        peak = {**self.known, **dict(self.search.probes)}.get(self.size)
+        shown = "" if peak is None else f": peak {format_size(round(peak))} of {format_size(self.limit)}"
+        return f"device batch size {self.size} ({self.source}){shown}"
+
     @property
     def smallest(self) -> int:
         """The smallest batch size that was run, 0 when none was."""
@@ -65,6 +73,12 @@ class Discovered:
             f"in use: {shown}\n"
             f"  what helps: {ways or 'a smaller model'}; or more memory (capacity, safety_margin)"
         )
+
+
+def not_a_case(case: object) -> str:
+    """What is wrong with ``case``, in one line."""
+    way_out = "give a TrainingCase, or load_case('MODULE:ATTR')[0]"
+    return f"case is {case!r:.60} ({type(case).__name__}); {way_out}"
 
 
 def line_through(points: list[tuple[int, float]]) -> tuple[float, float] | None:

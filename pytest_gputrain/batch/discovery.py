@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pytest_gputrain.batch import bounds
 from pytest_gputrain.batch.cached_search import Found, Measures, search_through
-from pytest_gputrain.batch.discovered import Discovered, OnProbe, line_through
+from pytest_gputrain.batch.discovered import Discovered, OnProbe, line_through, not_a_case
 from pytest_gputrain.batch.ladder import legal_sizes, whole
 from pytest_gputrain.batch.search import SearchResult, find_maximum
 from pytest_gputrain.batch.seed import Seed, wanted
@@ -77,6 +77,8 @@ def find_batch(
     on.
     """
     began = time.monotonic()
+    if not isinstance(case, TrainingCase):
+        raise ValueError(not_a_case(case))
     share = bounds.per_rank(global_batch_size, whole("world_size", world_size))
     least, most = bounds.checked_range(min_batch_size, max_batch_size)
     divides = share

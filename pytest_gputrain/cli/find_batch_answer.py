@@ -103,6 +103,12 @@ class Answer:
         return peak is None or peak > self.limit
 
     def _too_large(self) -> str:
+        if self.overhead_bytes >= self.limit:
+            return (
+                f"{self.case} does not fit: the CUDA context alone takes {format_size(self.overhead_bytes)} "
+                f"(assumed) of {self._limit()}; give the capacity of a whole GPU, or --device cpu to run "
+                "real steps within so little"
+            )
         tried = "is predicted not to fit" if self.method == PREDICTED else "runs out of memory"
         smaller = "a smaller --min, " if self.minimum > 1 else ""
         return (

@@ -68,8 +68,9 @@ class Large:
 class OomGuard:
     """``with OomGuard("40GB") as guard:``, then ``guard.peak_bytes``, ``.by_category``, ``.leaks``.
 
-    ``device``: the CPU, or the current CUDA device where CUDA is in use already. ``roots``: modules and
-    optimizers whose memory counts from the beginning; others count from when they are first used.
+    ``device``: the CPU, or the current CUDA device where CUDA is in use already. ``roots``: a module or
+    an optimizer, or a list of them, whose memory counts from the beginning; others count from when they are
+    first used.
 
     An out-of-memory of any form leaves the block as ``OutOfMemory``, after what the block made was freed.
     Raises ``ValueError`` for a limit or a device that makes no sense, ``OutOfMemory`` when the limit is below
@@ -81,12 +82,14 @@ class OomGuard:
         limit: int | str | None = None,
         device: str | torch.device | None = None,
         *,
-        roots: Sequence[Any] = (),
+        roots: Any = (),
     ) -> None:
+        __tracebackhide__ = True
         self.limit = None if limit is None else parse_size(limit)
         self.oom: OutOfMemory | None = None
         self._given = device
-        self._roots = tuple(roots)
+        alone = isinstance(roots, torch.nn.Module) or hasattr(roots, "param_groups")
+        self._roots = (roots,) if alone else tuple(roots)
         self._meter = _meter(self.limit, self._default_device() if device is None else known_device(device))
         self._is_active = False
         self._no_verdict = "the block has not run yet"

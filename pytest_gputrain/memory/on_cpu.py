@@ -98,7 +98,7 @@ class CpuMeter:
         in_use = self._ledger.in_use - requested
         by_category = self._ledger.by_category()
         raise OutOfMemory(
-            f"out of memory on {self.device}: {op or 'what the guard was given'} needs "
+            f"out of memory on {self.device}: {op or 'the model or optimizer given'} needs "
             f"{format_size(requested)} with {format_size(in_use)} in use, "
             f"of a limit of {format_size(self._limit)}{f', at {where}' if where else ''} "
             f"(in use: {categories.describe(by_category)})",

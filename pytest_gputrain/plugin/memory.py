@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,8 +27,9 @@ class GuardMaker:
         limit: int | str | None = None,
         device: str | torch.device | None = None,
         *,
-        roots: Sequence[Any] = (),
+        roots: Any = (),
     ) -> OomGuard:
+        __tracebackhide__ = True
         from pytest_gputrain.memory.guard import OomGuard
 
         guard = OomGuard(limit, device, roots=roots)

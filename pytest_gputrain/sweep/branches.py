@@ -196,9 +196,9 @@ def _check_shared(ks: list[int], base: int, ranks: int) -> None:
 
 def _check_one_step(k: int, base: int, block_size: int, asked: int) -> None:
     """The largest branch has to have one whole step: the batch that it is there for."""
-    if asked // block_size < k * base:
+    if (whole := asked // block_size) < k * base:
         raise ValueError(
-            f"{asked} tokens are {asked // block_size} sequences of {block_size}, fewer than the {k * base} "
-            f"({k} x {base}) of one step of k {k}; give {k * base * block_size} tokens or more, "
+            f"{asked} tokens are {whole} sequence{'s' * (whole != 1)} of {block_size}, fewer than the "
+            f"{k * base} ({k} x {base}) of one step of k {k}; give {k * base * block_size} tokens or more, "
             "or a smaller batch"
         )

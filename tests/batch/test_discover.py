@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +37,10 @@ def lines(caplog: pytest.LogCaptureFixture) -> Lines:
     return told
 
 
+def discover_of_case(case: Any) -> int:
+    return discover_batch_size(None, 32, "cpu", case=case)
+
+
 def trains(case: Any, size: int, limit: int) -> bool:
     """Three steps and an evaluation, written once more."""
     model = case.model()
@@ -61,6 +66,25 @@ def test_the_answer_is_the_exact_maximum() -> None:
     assert found.law is not None
     assert found.law[1] > 0
     assert found.limit == 0.85 * found.capacity
+
+
+def test_an_answer_prints_in_one_line() -> None:
+    case = gpt_case(1, sequence_length=16)
+    assert re.fullmatch(
+        r"device batch size 2 \(discovered\): peak \S+ MiB of 5\.1 MiB",
+        str(find_batch(case, capacity="6.3MB", max_batch_size=2, eval_batch_factor=0)),
+    )
+    nothing = find_batch(case, capacity="100KB")
+    assert nothing.size == 0
+    assert str(nothing).startswith(
+        "nothing fits within 83.0 KiB: in step 1: out of memory on cpu: the model or optimizer given needs "
+    )
+
+
+@pytest.mark.parametrize("ask", [find_batch, BatchFinder(), discover_of_case])
+def test_a_case_by_name_is_refused(ask: Any) -> None:
+    with pytest.raises(ValueError, match=r"^case is 'mine:gpt' \(str\); give a TrainingCase, or load_case\("):
+        ask("mine:gpt")
 
 
 def test_answers_divide_the_global_batch() -> None:
@@ -188,10 +212,10 @@ BAD_INPUT: list[Bad] = [
         {"capacity": "much"},
         'capacity: \'much\' is not a size above 0 such as "80GB", "79.1GiB" or a number of bytes',
     ),
-    ({"override": 0}, "device_batch_size is 0; legal is a whole number of 1 or more"),
+    ({"override": 0}, "override is 0; legal is a whole number of 1 or more"),
     (
         {"override": 3, "global_batch_size": 64},
-        "device_batch_size 3 does not divide 64, the samples of a step on one rank (64 = 21 * 3 + 1)",
+        "override 3 does not divide 64, the samples of a step on one rank (64 = 21 * 3 + 1)",
     ),
     (
         {"eval_batch_factor": -1},

@@ -181,10 +181,19 @@ def test_an_estimate_stands_beside_a_prediction(capsys: pytest.CaptureFixture[st
 
 @needs_linux
 def test_a_prediction_that_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert code_of("find-batch", "mine:net", "--capacity=600MB", "--margin=0.8") == 1
+    assert code_of("find-batch", "mine:net", "--capacity=660MB", "--margin=0.85") == 1
     line = capsys.readouterr().out.splitlines()[1]
     assert line.startswith(
-        "net does not fit: batch size 1 is predicted not to fit within 457.8 MiB (0.8 x 572.2 MiB); most "
+        "net does not fit: batch size 1 is predicted not to fit within 535.0 MiB (0.85 x 629.4 MiB); most "
+    )
+
+
+@needs_linux
+def test_a_prediction_for_less_than_cuda_itself_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert code_of("find-batch", "mine:net", "--capacity=40MB") == 1
+    assert capsys.readouterr().out.splitlines()[1] == (
+        "net does not fit: the CUDA context alone takes 512.0 MiB (assumed) of 32.4 MiB (0.85 x 38.1 MiB); "
+        "give the capacity of a whole GPU, or --device cpu to run real steps within so little"
     )
 
 

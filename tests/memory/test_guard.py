@@ -154,7 +154,7 @@ def test_roots_above_the_limit_end_it_before_it_begins() -> None:
         pytest.fail("the block ran")
     assert guard.oom is not None
     assert str(caught.value).startswith(
-        "out of memory on cpu: what the guard was given needs 4.0 MiB with 0 bytes in use, "
+        "out of memory on cpu: the model or optimizer given needs 4.0 MiB with 0 bytes in use, "
         "of a limit of 1.0 MiB"
     )
 
@@ -182,6 +182,15 @@ def test_roots_are_modules_and_optimizers() -> None:
         OomGuard(roots=[[1]]),
     ):
         pass
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_root_need_not_be_in_a_list(alone: bool) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(3, 1))
+    net.register_buffer("own", torch.zeros(2))
+    with OomGuard(roots=net if alone else [net]) as guard:
+        pass
+    assert guard.by_category == dict.fromkeys(guard.by_category, 0) | {"parameters": 16, "buffers": 8}
 
 
 def test_the_largest_tensors_with_their_line() -> None:

@@ -20,13 +20,17 @@ TESTS = """
     def test_does_not_fit(oom_guard):
         with oom_guard("1KB"):
             torch.zeros(1000)
+
+    def test_no_size(oom_guard):
+        with oom_guard("1 parsec"):
+            pass
 """
 
 
 def test_the_figures_are_in_the_report(pytester: pytest.Pytester, run_child: Run) -> None:
     pytester.makepyfile(TESTS)
     result = run_child("-n1", "-rP", "--junitxml=junit.xml", "-o", "junit_logging=all")
-    result.assert_outcomes(passed=1, failed=1)
+    result.assert_outcomes(passed=1, failed=2)
     result.stdout.fnmatch_lines_random(
         [
             "*Captured oom_guard call*",
@@ -35,6 +39,7 @@ def test_the_figures_are_in_the_report(pytester: pytest.Pytester, run_child: Run
             "of a limit of 1000 bytes, at test_the_figures_are_in_the_report.py:13 in test_does_not_fit*",
         ]
     )
-    # The failure ends at the user's line, not inside of this package.
+    # The failures end at the user's line, not inside of this package.
     result.stdout.fnmatch_lines(["test_the_figures_are_in_the_report.py:13: OutOfMemory"])
+    result.stdout.fnmatch_lines(["E*ValueError: '1 parsec' is not a size*", "", "*_report.py:16: ValueError"])
     assert 'name="gputrain_peak_memory" value="peak 3.9 KiB' in (pytester.path / "junit.xml").read_text()
