@@ -42,6 +42,7 @@ def run_child(pytester: pytest.Pytester) -> Run:
 
 
 @linux
+@pytest.mark.slow
 def test_one_of_them(run_child: Run) -> None:
     result = run_child("-k", "single_device and cpu")
     result.assert_outcomes(passed=1, deselected=SHIPPED * 2 + 7)

@@ -30,15 +30,23 @@ def train(*arguments: object, nproc: int, trace: bool | None = None) -> LaunchRe
     return launch.torchrun(str(SCRIPT), *map(str, arguments), nproc=nproc, trace=trace)
 
 
-@pytest.mark.parametrize("stage", ["base", "sft"])
-def test_ranks_change_no_loss(tmp_path: Path, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "worlds"),
+    [
+        ("base", (2,)),
+        pytest.param("base", (4,), marks=pytest.mark.slow),
+        pytest.param("sft", (2, 4), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_ranks_change_no_loss(tmp_path: Path, stage: str, worlds: tuple[int, ...]) -> None:
     options: tuple[object, ...] = STEPS
     if stage == "sft":
         train(*STEPS, "--out", tmp_path / "base.pt", nproc=2)
         options = (*STEPS[:1], *STEPS[4:], "--stage=sft", "--checkpoint", tmp_path / "base.pt")
     alone = losses(train(*options, nproc=1).ranks[0].stdout)
     assert len(set(alone)) == 4
-    for nproc in (2, 4):
+    for nproc in worlds:
         result = train(*options, nproc=nproc)
         assert losses(result.ranks[0].stdout) == pytest.approx(alone, rel=1e-5)
         metrics = json.loads(result.ranks[0].stdout.splitlines()[-1])
