@@ -30,7 +30,7 @@ STEPS = 3  # the first makes the optimizer's state, the second needs everything 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 # A model whose samples weigh as much as its parameters: on a GPU, memory comes in blocks of 2 MiB.
 SHAPES = {
-    "cpu": ("--depth=2", "--width=64", "--sequence_length=32"),
+    "cpu": ("--depth=1", "--width=32", "--sequence_length=32"),
     "cuda": ("--depth=8", "--sequence_length=512", "--dtype=bfloat16"),
 }
 
