@@ -98,17 +98,25 @@ class Loop:
         """Mean loss over batches that no step trains on, all ranks, at evaluation's own batch size."""
         started = self.ranks.clock()
         bare = unwrapped(model).eval()  # not through DDP, which would broadcast buffers for nothing
-        size = self.device_batch_size * self.options.eval_batch_factor
-        each = self.options.eval_batches
-        losses = [
-            float(self.loss(bare, self.source.batch(EVALUATION, place * size, size, self.ranks.device)))
-            for place in range(self.ranks.rank * each, (self.ranks.rank + 1) * each)
-        ]
-        course.eval_loss = self.ranks.mean(sum(losses) / each)
+        samples = self._eval_samples()
+        share, first = 0.0, self.ranks.rank * sum(samples)
+        for count in samples:
+            batch = self.source.batch(EVALUATION, first, count, self.ranks.device)
+            share += float(self.loss(bare, batch)) * count / sum(samples)
+            first += count
+        course.eval_loss = self.ranks.mean(share)
         model.train()
         seconds = self.ranks.clock() - started
         course.evaluation_seconds += seconds
         self.ranks.say(f"eval at step {number} | loss {course.eval_loss:.6f} | {seconds:.2f} s")
+
+    def _eval_samples(self) -> list[int]:
+        """Sizes of a rank's batches in evaluation."""
+        size = self.device_batch_size * self.options.eval_batch_factor
+        if self.options.eval_samples is None:
+            return [size] * self.options.eval_batches
+        mine = max(1, self.options.eval_samples // self.ranks.world_size)
+        return [min(size, mine - done) for done in range(0, mine, size)]
 
 
 def schedule(number: int, steps: int, warmup: int | None = None) -> float:

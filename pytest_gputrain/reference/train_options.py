@@ -20,6 +20,7 @@ DATASETS = ("synthetic", "text")
 LEARNING_RATES = {"base": 1e-3, "mid": 3e-4, "sft": 1e-4}
 DEFAULT_DEPTH = 4
 DEFAULT_STEPS = 20
+EVAL_SAMPLES = 128
 SHAPE = ("depth", "width", "vocab_size", "sequence_length", "dropout")
 DEFAULT_SEQUENCE_LENGTH = 64
 NUM_BYTES = 256  # tokens are bytes; a larger vocabulary only costs memory, as a real one does
@@ -65,6 +66,7 @@ class Options:
     eval_every: int
     eval_batches: int
     eval_batch_factor: int
+    eval_samples: int | None
     case: str | None
     config: Path | None
     block_size: int | None
@@ -89,6 +91,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     if given["tokens"] is not None and given["steps"] is not None:
         raise TrainUsageError("--steps and --tokens both say how long to train; give one of them")
     given["steps"] = given["steps"] or DEFAULT_STEPS
+    if given["config"] is not None:  # branches are compared: all on the same samples
+        given["eval_samples"] = given["eval_samples"] or EVAL_SAMPLES
     if given["case"] is None:
         given["lr"] = given["lr"] or LEARNING_RATES[given["stage"]]
     if given["stage"] != "base" and given["checkpoint"] is None:
@@ -196,6 +200,8 @@ def _evaluation(parser: argparse.ArgumentParser) -> None:
     _add(
         parser, "eval_batch_factor", _whole(1), 1, "device batches that evaluation takes at once (default 1)"
     )
+    text = f"samples of an evaluation, over all ranks, in place of batches (with --config {EVAL_SAMPLES})"
+    _add(parser, "eval_samples", _whole(1), None, text)
 
 
 def _files(parser: argparse.ArgumentParser) -> None:

@@ -59,6 +59,16 @@ def test_options_go_before_the_configuration(config: Path, capsys: pytest.Captur
     assert "| lr 2.500e-01 |" in run.out
 
 
+def test_branches_are_evaluated_on_the_same_samples(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """So that their losses compare: as far as it goes, the device batch size changes nothing."""
+    shape = ("--device=cpu", "--depth=1", "--width=32", "--steps=1", "--total_batch_size=6")
+    found = [
+        Run(capsys, *shape, "--config", config, f"--device_batch_size={size}", "--eval_samples=7").metrics
+        for size in (2, 6)
+    ]
+    assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=1e-6)
+
+
 def test_names_of_options_may_be_added_by_hand(config: Path) -> None:
     config.write_text(config.read_text() + "\nseed = 7\noptimizer = 'sgd'\ncheckpointing = True\n")
     options = train_options.parse(["--config", str(config)])
