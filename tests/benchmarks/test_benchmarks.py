@@ -94,6 +94,7 @@ def test_compare_names_every_difference() -> None:
         "tracing_cost",
         "batch_search",
         "prediction",
+        "accumulation_overhead",
     ],
 )
 def test_a_quick_run_gets_to_its_end(name: str, tmp_path: Path) -> None:
