@@ -7,6 +7,8 @@ import re
 
 LEGAL_FLAG = "true or false"
 LEGAL_SECONDS = "a number of seconds above 0"
+# Training takes more.
+LEAST_WITHOUT_UNIT = 2**16
 LEGAL_SIZE = 'a size above 0 such as "80GB", "79.1GiB" or a number of bytes'
 
 TRUE = ("true", "1", "yes", "on")
@@ -58,6 +60,14 @@ def parse_size(size: str | float) -> int:
     if unit not in UNITS or not number * UNITS[unit] >= 1:
         raise ValueError(f"{size!r} is not {LEGAL_SIZE}")
     return int(number * UNITS[unit])
+
+
+def parse_limit(size: str | float) -> int:
+    """Return ``size`` in bytes, as `parse_size`; as text "80" lacks its unit."""
+    num_bytes = parse_size(size)
+    if isinstance(size, str) and num_bytes < LEAST_WITHOUT_UNIT and size.strip().isdigit():
+        raise ValueError(f'{size!r} is {num_bytes} bytes; give the unit, such as "80GB" or "79.1GiB"')
+    return num_bytes
 
 
 def format_size(num_bytes: int) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gputrain.values import format_size, parse_seconds, parse_size
+from pytest_gputrain.values import format_size, parse_limit, parse_seconds, parse_size
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,12 @@ def test_bad_sizes_say_what_is_legal(text: object) -> None:
         parse_size(text)  # type: ignore[arg-type]
     message = f'{text!r} is not a size above 0 such as "80GB", "79.1GiB" or a number of bytes'
     assert str(raised.value) == message
+
+
+def test_a_limit_as_text_has_its_unit() -> None:
+    assert [parse_limit(limit) for limit in (80, "80B", "65536")] == [80, 80, 65536]
+    with pytest.raises(ValueError, match=r"^'80' is 80 bytes; give the unit, such as "):
+        parse_limit("80")
 
 
 @given(st.integers(min_value=1, max_value=2**50))

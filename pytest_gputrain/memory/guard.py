@@ -23,7 +23,7 @@ from pytest_gputrain.memory.ledger import Record
 from pytest_gputrain.memory.left import Left, what_is_left
 from pytest_gputrain.memory.lines import location, without_ours
 from pytest_gputrain.memory.oom import is_oom
-from pytest_gputrain.values import format_size, parse_size
+from pytest_gputrain.values import format_size, parse_limit
 
 # Of the largest tensors, as many as a person reads.
 _LARGEST, _SHOWN = 10, 3
@@ -85,7 +85,7 @@ class OomGuard:
         roots: Any = (),
     ) -> None:
         __tracebackhide__ = True
-        self.limit = None if limit is None else parse_size(limit)
+        self.limit = None if limit is None else parse_limit(limit)
         self.oom: OutOfMemory | None = None
         self._given = device
         alone = isinstance(roots, torch.nn.Module) or hasattr(roots, "param_groups")

@@ -163,6 +163,7 @@ def test_roots_above_the_limit_end_it_before_it_begins() -> None:
     ("arguments", "message"),
     [
         ({"limit": "40 parsecs"}, "'40 parsecs' is not a size above 0 such as "),
+        ({"limit": "40"}, "'40' is 40 bytes; give the unit, such as "),
         ({"limit": 0}, "0 is not a size above 0 such as "),
         ({"limit": "-1GB"}, "'-1GB' is not a size above 0 such as "),
         ({"device": "gpu"}, "'gpu' is not a device; give 'cpu', 'cuda' or 'cuda:0'"),
