@@ -143,13 +143,18 @@ class TrainingProbe:
         draw = Draw(self.case, self.device, observed)
         micro_batches = self.conditions.micro_batches(batch_size)
         for _ in range(self.conditions.iterations):
+            with guard.uncounted():
+                batch = draw(batch_size)
             # The same batch again, not more of them: a loop that accumulates loads one after the other.
-            self.case.step(model, optimizer, [draw(batch_size)] * micro_batches)
+            self.case.step(model, optimizer, [batch] * micro_batches)
+            del batch
             self._synchronize()
             observed.after_step(guard.in_use)
         if factor := self.conditions.eval_batch_factor:
             observed.in_evaluation = True
-            self._evaluate(model, draw(math.ceil(batch_size * factor)))
+            with guard.uncounted():
+                batch = draw(math.ceil(batch_size * factor))
+            self._evaluate(model, batch)
             observed.in_evaluation = False
 
     def _as_trained(self) -> Any:

@@ -90,13 +90,13 @@ def _ask_watched(
         take_step(case, model, optimizer, [batch], seed_for(ctx, STEPS_BEFORE))
         del batch
         gc.collect()
-        in_use = guard.in_use
+        made = guard.made_bytes
         seed_everything(ctx.seed)
         before = batch_traces.read(model, optimizer)
         answers.sizes[PLAIN] = _ask(case, ctx, scene, scene.budget, model=model, optimizer=optimizer)
         answers.left = batch_traces.in_words(before, batch_traces.read(model, optimizer))
         gc.collect()
-        answers.leaked = guard.in_use - in_use - own
+        answers.leaked = guard.made_bytes - made - own
 
 
 def _ask(
@@ -139,4 +139,4 @@ def _left_by_the_case(case: TrainingCase, ctx: CheckContext, scene: Scene) -> in
     with OomGuard(None, device_of(ctx)) as guard:
         run(case, ctx, scene.answer, evaluating=scene.evaluates)
         gc.collect()
-        return guard.in_use
+        return guard.made_bytes

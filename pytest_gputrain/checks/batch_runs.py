@@ -83,7 +83,6 @@ def quick_collection() -> Iterator[None]:
 
     For a rank's process, after a first run has imported what is imported late.
     """
-    gc.collect()
     gc.freeze()
     try:
         yield

@@ -151,17 +151,24 @@ def _smallest(case: TrainingCase, ctx: CheckContext) -> tuple[int, str]:
     """
     for size in (1, 2, 4):
         try:
-            run(case, ctx, size, evaluating=False)
-        except Exception:
-            if size < 4:
-                continue
-            raise
-        try:
             run(case, ctx, size)
         except Exception as error:
-            return size, f"evaluation is left out: loss() in evaluation mode raises {describe(error)}"
-        return size, ""
+            if _trains(case, ctx, size, at_last=size == 4):
+                return size, f"evaluation is left out: loss() in evaluation mode raises {describe(error)}"
+        else:
+            return size, ""
     raise AssertionError("unreachable")
+
+
+def _trains(case: TrainingCase, ctx: CheckContext, size: int, *, at_last: bool) -> bool:
+    """Without evaluation. Raises what the case raises where there is no larger size to try."""
+    try:
+        run(case, ctx, size, evaluating=False)
+    except Exception:
+        if at_last:
+            raise
+        return False
+    return True
 
 
 def _doubled(minimum: int) -> Iterator[int]:

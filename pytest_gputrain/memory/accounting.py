@@ -36,11 +36,14 @@ class Accounting(TorchDispatchMode):
         self.owners = Owners(self.mark, self.knows)
         self.other_devices: set[str] = set()
         self.saw_compiled = False
+        self.is_paused = False
         self._ledger = ledger
         self._device = device
         self._refuse = refuse
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.is_paused:
+            return func(*args, **(kwargs or {}))
         ledger = self._ledger
         before = ledger.in_use
         carries_on = self._see_arguments(args)

@@ -18,12 +18,24 @@ def release(error: BaseException | None = None, model: Any = None, optimizer: An
     while optimizer state stays. Makes no CUDA context.
     """
     clear_frames(error)
+    drop_unfinished_backward()
     for holder in (model, optimizer):
         if holder is not None:
             holder.zero_grad(set_to_none=True)
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+def drop_unfinished_backward() -> None:
+    """A backward that raised leaves what it had not come to, graph and all, in the queue of its thread, until
+    another one runs there: one that is as small as can be.
+    """
+    if torch._C._current_graph_task_id() != -1:  # called from within a backward
+        return
+    with torch.inference_mode(False), torch.enable_grad():
+        one = torch.zeros((), device="cpu", requires_grad=True)
+        torch.autograd.grad(one * 1, one)
 
 
 def clear_frames(error: BaseException | None) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
@@ -38,8 +39,12 @@ class Meter(Protocol):
 
     def start(self, roots: Sequence[Any]) -> None: ...
     def stop(self, *, drop_gradients: bool) -> None: ...
+    def note_every_line(self) -> None: ...
+    def uncounted(self) -> AbstractContextManager[None]: ...
     @property
     def in_use(self) -> int: ...
+    @property
+    def made_bytes(self) -> int: ...
     @property
     def peak_bytes(self) -> int: ...
     def by_category(self) -> dict[str, int]: ...
@@ -149,10 +154,26 @@ class OomGuard:
         """The most that was in use at once, in bytes; what was refused does not count."""
         return self._peak[0] if self._peak else self._meter.peak_bytes
 
+    def note_every_line(self) -> None:
+        """From now on, on the CPU, also who makes a small tensor is written down, which is slow."""
+        self._meter.note_every_line()
+
+    def uncounted(self) -> AbstractContextManager[None]:
+        """Around the loading of data: on the CPU a tensor made meanwhile counts once training uses it.
+
+        What it is made of, a data set say, then does not count, however much of that is in memory.
+        """
+        return self._meter.uncounted()
+
     @property
     def in_use(self) -> int:
         """What is in use now, in bytes."""
         return self._meter.in_use
+
+    @property
+    def made_bytes(self) -> int:
+        """What was made in the block and is in use now, in bytes."""
+        return self._meter.made_bytes
 
     @property
     def by_category(self) -> dict[str, int]:
@@ -170,10 +191,17 @@ class OomGuard:
 
         Raises RuntimeError where there is no verdict: before the end, or when another error ended the block.
         """
+        return self.left_in()
+
+    def left_in(self, **known: Any) -> tuple[Left, ...]:
+        """As ``left``, looking for holders in these objects, too: ``left_in(model=model)``.
+
+        For a caller inside of this package, whose own variables are not looked at.
+        """
         if self._no_verdict:
             raise RuntimeError(f"oom_guard cannot tell what is left: {self._no_verdict}")
         gc.collect()
-        return what_is_left(self._passing())
+        return what_is_left(self._passing(), known)
 
     @property
     def leaks(self) -> tuple[Left, ...]:

@@ -38,6 +38,7 @@ class Ledger:
     """Charges storages of one device, which are known by the address of their ``StorageImpl``."""
 
     def __init__(self) -> None:
+        self.noted_bytes = NOTED_BYTES
         self.records: dict[int, Record] = {}
         self.in_use = 0
         self.peak = 0
@@ -53,7 +54,7 @@ class Ledger:
         record.num_bytes = storage.nbytes()
         record.category, record.op, record.inside = category, op, op is not None
         record.shape = (_shape(tensor), tensor.dtype)
-        record.lines = creating_lines() if op is not None and record.num_bytes >= NOTED_BYTES else None
+        record.lines = creating_lines() if op is not None and record.num_bytes >= self.noted_bytes else None
         self._clock += 1
         record.born = self._clock
         self.records[record.key] = record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,14 @@ class Left:
         return f"{format_size(self.num_bytes)} ({what}{made}) held by {self.held_by}"
 
 
-def what_is_left(records: Sequence[Record]) -> tuple[Left, ...]:
-    """What is alive of these storages and who holds it, the largest first."""
+def what_is_left(records: Sequence[Record], known: Mapping[str, Any]) -> tuple[Left, ...]:
+    """What is alive of these storages and who holds it, the largest first.
+
+    known: objects by name that hold things, too, and that no variable of the user's names.
+    """
     if not records:
         return ()
-    finder = _Finder({record.key for record in records})
+    finder = _Finder({record.key for record in records}, known)
     groups: dict[Any, list[Record]] = {}
     for record in records:
         key = (*finder.variable(record.key), record.shape, record.category, record.lines)
@@ -75,7 +78,7 @@ def _left(group: Sequence[Record], finder: _Finder) -> Left:
 class _Finder:
     """Who holds each of some storages: a variable, or the autograd graph of one."""
 
-    def __init__(self, keys: set[int]) -> None:
+    def __init__(self, keys: set[int], known: Mapping[str, Any]) -> None:
         tensors = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
         self._named = [(key, tensor) for tensor in tensors for key in _keys(tensor) if key in keys]
         self._roots = [tensor for tensor in tensors if _graph_of(tensor) is not None]
@@ -83,7 +86,7 @@ class _Finder:
         self._direct: dict[int, Holder] = {}
         self._by_graph: dict[int, Holder] = {}
         walk = Walk()
-        walk.near()
+        walk.near(known)
         self._resolve(walk)
         if len(self._direct.keys() | self._by_graph.keys()) < len(keys):
             walk.far()

@@ -51,6 +51,8 @@ def _of_dict(chain: Sequence[Any], place: int) -> str:
     holder, held = chain[place], chain[place + 1]
     key = _key_of(holder, held)
     owner = chain[place - 1] if place else None
+    if isinstance(owner, FunctionType) and holder is owner.__globals__:
+        return f" > global `{key}`"
     if owner is not None and getattr(owner, "__dict__", None) is holder:
         return "" if key in _TABLES_OF_MODULES else f".{key}"
     if _is_table_of_module(chain, place) and isinstance(key, str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,9 +54,24 @@ class CpuMeter:
         if self._drops_gradients:
             self._accounting.owners.drop_gradients(self._is_of_here)
 
+    def note_every_line(self) -> None:
+        self._ledger.noted_bytes = 1
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        self._accounting.is_paused = True
+        try:
+            yield
+        finally:
+            self._accounting.is_paused = False
+
     @property
     def in_use(self) -> int:
         return self._ledger.in_use
+
+    @property
+    def made_bytes(self) -> int:
+        return sum(record.num_bytes for record in self.made_here())
 
     @property
     def peak_bytes(self) -> int:

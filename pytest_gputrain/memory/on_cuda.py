@@ -34,7 +34,7 @@ class CudaMeter:
         self._limit = limit
         self._ledger = Ledger()
         self._owners = Owners(self._mark, self._is_here)
-        self._peak = 0
+        self._peak = self._in_use_before = 0
         self._there_before: set[int] = set()
         self._stack = contextlib.ExitStack()
 
@@ -44,6 +44,7 @@ class CudaMeter:
             for root in roots:
                 self._owners.adopt(root)
             self._there_before = {key for _, key in self._live()}
+            self._in_use_before = self.in_use
             if self._limit is not None:
                 stack.enter_context(self._limited(self._limit))
             for meter in self._measuring:
@@ -61,9 +62,20 @@ class CudaMeter:
             if drop_gradients:
                 self._owners.drop_gradients(self._is_of_here)
 
+    def note_every_line(self) -> None:
+        """Lines are not known here: the allocator is not watched."""
+
+    def uncounted(self) -> contextlib.AbstractContextManager[None]:
+        """The allocator counts everything."""
+        return contextlib.nullcontext()
+
     @property
     def in_use(self) -> int:
         return torch.cuda.memory_allocated(self.device)
+
+    @property
+    def made_bytes(self) -> int:
+        return self.in_use - self._in_use_before
 
     @property
     def peak_bytes(self) -> int:

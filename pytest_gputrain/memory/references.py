@@ -11,7 +11,7 @@ import gc
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from inspect import CO_OPTIMIZED
 from pathlib import Path
@@ -22,6 +22,8 @@ from pytest_gputrain.memory.lines import is_ours, is_users
 from pytest_gputrain.memory.links import way
 
 _LEAVES = (str, int, float, bytes)
+# The place of what is given by name, and is no variable of a running function of the user's.
+KNOWN = "the case"
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,10 @@ class Walk:
         self._far: list[Any] = []
         self._tables = {id(vars(module)) for module in _modules()}
 
-    def near(self) -> None:
-        """Walk what running functions and the user's modules hold, not through code that they use."""
-        for root, value in [*_locals(), *_globals(of_users=True)]:
+    def near(self, known: Mapping[str, Any]) -> None:
+        """Walk what running functions, the user's modules and ``known`` hold, not through code they use."""
+        named = [(_Local(name, KNOWN), value) for name, value in known.items()]
+        for root, value in [*_locals(), *_globals(of_users=True), *named]:
             self._reach(root, value)
         while self._queue:
             parent = self._queue.popleft()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import weakref
 
+import pytest
 import torch
 
 from pytest_gputrain.memory.clean import release
+from pytest_gputrain.memory.guard import OomGuard
 
 
 class Kept:
@@ -47,3 +49,26 @@ def test_gradients_are_dropped_and_optimizer_state_stays() -> None:
     assert model.weight.grad is None
     assert optimizer.state[model.weight]["exp_avg"].shape == (2, 2)
     assert not torch.cuda.is_initialized()
+
+
+def test_a_backward_that_ran_out_is_forgotten() -> None:
+    """torch keeps the rest of it, graph and all, until another backward runs in that thread."""
+    weight = torch.nn.Parameter(torch.randn(64, 16))
+    inputs = torch.randn(6, 64, 8)
+
+    def scan() -> torch.Tensor:
+        decay = torch.exp(weight[None, :, None, :] * inputs[..., None])
+        state, outputs = torch.zeros(6, 64, 16), []
+        for position in range(8):
+            state = decay[:, :, position] * state + inputs[:, :, position, None]
+            outputs.append(state.sum(-1))
+        return torch.stack(outputs).sum()
+
+    with OomGuard() as whole:
+        scan().backward()
+    weight.grad = None
+    with OomGuard() as around:
+        with pytest.raises(torch.OutOfMemoryError), OomGuard(whole.peak_bytes - 1024):
+            scan().backward()
+        weight.grad = None
+        assert around.made_bytes == 0

@@ -213,3 +213,30 @@ def test_a_compiled_function_is_said_to_run_uncompiled() -> None:
         "a function that torch.compile was given ran uncompiled, as torch does while operations are watched: "
         "the peak is that of eager execution",
     )
+
+
+def test_what_is_loaded_uncounted_counts_once_it_is_used() -> None:
+    data_set = [torch.ones(256) for _ in range(4)]
+    weight = torch.ones(256)
+    with OomGuard() as guard:
+        with guard.uncounted():
+            batch = torch.stack(data_set)
+        assert guard.in_use == 0
+        out = batch * weight
+        assert (guard.in_use, guard.made_bytes) == (4096 + 1024 + 4096, 4096)
+        del out
+
+
+class Keeps:
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+
+def test_what_only_an_object_in_hand_elsewhere_holds() -> None:
+    keeps = [Keeps()]
+    with OomGuard() as guard:
+        guard.note_every_line()
+        keeps[0].seen.append(torch.ones(4))
+    (left,) = guard.left_in(step=keeps.pop())
+    assert str(left).startswith("16 bytes (float32[4], made at test_guard.py:")
+    assert str(left).endswith(" held by `step`.seen[0] in the case")

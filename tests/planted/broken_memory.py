@@ -27,7 +27,7 @@ def remembered_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
 
 
 @broken(
-    {"batch_size_holds": "in list history of module tests.planted.broken_memory"},
+    {"batch_size_holds": "global `history`["},
     may_fail=("batch_size_found", "gradients_arrive", "ddp_completes"),
 )
 def losses_kept_with_their_graph() -> TrainingCase:
@@ -48,7 +48,7 @@ class Remembers(Net):
         return out
 
 
-@broken({"batch_size_holds": "in list seen of a Remembers"}, may_fail=("batch_size_found",))
+@broken({"batch_size_holds": "held by `model`.seen["}, may_fail=("batch_size_found",))
 def outputs_kept_by_the_model() -> TrainingCase:
     return case("outputs_kept_by_the_model", model=Remembers)
 
@@ -68,9 +68,85 @@ def remembering_step() -> Any:
     return step
 
 
-@broken({"batch_size_holds": "in dict kept of the closure remembering_step"}, may_fail=("batch_size_found",))
+@broken({"batch_size_holds": "> `kept` in the closure of remembering_step"}, may_fail=("batch_size_found",))
 def features_kept_by_a_closure() -> TrainingCase:
     return case("features_kept_by_a_closure", step=remembering_step())
+
+
+class Every:
+    """Keeps the logits of every so many steps, for a picture."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval, self.steps = interval, 0
+        self.pictures: list[Tensor] = []
+
+    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+        optimizer.zero_grad()
+        value = next_token_loss(model, micro_batches[0])
+        value.backward()
+        optimizer.step()
+        self.steps += 1
+        if self.steps % self.interval == 0:
+            self.pictures.append(model(micro_batches[0][0]).detach())
+        return value.detach()
+
+
+@broken({"batch_size_holds": "held by `step`.pictures["}, may_fail=("batch_size_found",))
+def logits_kept_every_twelve_steps() -> TrainingCase:
+    return tokens("logits_kept_every_twelve_steps", step=Every(12))
+
+
+class Memory(Deep):
+    """A bank of features to which every step adds."""
+
+    bank: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("bank", torch.zeros(0, WIDTH), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.training:
+            self.bank = torch.cat([self.bank, self.embedding(tokens).detach().mean(1)])
+        return super().forward(tokens)
+
+
+@broken({"batch_size_holds": "held by `model`.bank"}, may_fail=("batch_size_found",))
+def buffer_that_grows() -> TrainingCase:
+    return tokens("buffer_that_grows", model=Memory)
+
+
+class KeepsLogits(Deep):
+    """What evaluation saw, never cleared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits: list[Tensor] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out = super().forward(tokens)
+        if not self.training:
+            self.logits.append(out)
+        return out
+
+
+@broken({"batch_size_holds": "held by `model`.logits["}, may_fail=("batch_size_found",))
+def evaluation_keeps_its_logits() -> TrainingCase:
+    return tokens("evaluation_keeps_its_logits", model=KeepsLogits)
+
+
+def with_a_hook(kept: list[Tensor]) -> Any:
+    def model() -> Deep:
+        made = Deep()
+        made.blocks.register_forward_hook(lambda module, inputs, out: kept.append(out.detach()))
+        return made
+
+    return model
+
+
+@broken({"batch_size_holds": "> `kept` in the closure of with_a_hook"}, may_fail=("batch_size_found",))
+def hook_that_appends() -> TrainingCase:
+    return tokens("hook_that_appends", model=with_a_hook([]))
 
 
 def ragged_draw(batch_size: int, device: Any) -> Any:

@@ -106,6 +106,93 @@ def autocast_to_bfloat16() -> TrainingCase:
     return tokens("autocast_to_bfloat16", loss=autocast_loss)
 
 
+class Queue:
+    """The last hundred features, which take a while to be a hundred."""
+
+    def __init__(self) -> None:
+        self.features: collections.deque[Tensor] = collections.deque(maxlen=100)
+
+    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+        optimizer.zero_grad()
+        value = next_token_loss(model, micro_batches[0])
+        value.backward()
+        optimizer.step()
+        inner = getattr(model, "module", model)
+        self.features.append(inner.embedding(micro_batches[0][0]).detach().mean(1))
+        return value.detach()
+
+
+@healthy
+def queue_of_the_last_hundred() -> TrainingCase:
+    return tokens("queue_of_the_last_hundred", step=Queue())
+
+
+class OwnSchedule:
+    """A scheduler made with the first step, of an optimizer that it writes into."""
+
+    def __init__(self) -> None:
+        self.of: Any = None
+        self.schedule: Any = None
+
+    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+        if self.of is not optimizer:
+            self.of = optimizer
+            self.schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=10_000)
+        optimizer.zero_grad()
+        for micro_batch in micro_batches:
+            (next_token_loss(model, micro_batch) / len(micro_batches)).backward()
+        optimizer.step()
+        self.schedule.step()
+        return torch.zeros(())
+
+
+@healthy
+def scheduler_of_the_step() -> TrainingCase:
+    return tokens("scheduler_of_the_step", step=OwnSchedule())
+
+
+data_set = [torch.randn(512) for _ in range(3000)]
+
+
+def samples_of_a_list(batch_size: int, device: Any) -> dict[str, Tensor]:
+    chosen = [data_set[index] for index in torch.randint(len(data_set), (batch_size,)).tolist()]
+    return {"x": torch.stack(chosen).to(device), "y": torch.randint(4, (batch_size,)).to(device)}
+
+
+def wide() -> nn.Module:
+    return nn.Linear(512, 4)
+
+
+@healthy
+def data_set_in_memory() -> TrainingCase:
+    return case("data_set_in_memory", model=wide, batch=samples_of_a_list)
+
+
+class Scan(nn.Module):
+    """A state-space layer as a loop over positions: backward runs out of memory in the middle of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, WIDTH)
+        self.decay = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.head = nn.Linear(WIDTH, 32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        inputs = self.embedding(tokens)
+        decay = torch.exp(-(inputs[..., None] * self.decay).square())
+        state, outputs = torch.zeros_like(decay[:, 0]), []
+        for position in range(tokens.shape[1]):
+            state = decay[:, position] * state + inputs[:, position, :, None]
+            outputs.append(state.mean(-1))
+        out: Tensor = self.head(torch.stack(outputs, 1))
+        return out
+
+
+@healthy
+def state_space_scan() -> TrainingCase:
+    return tokens("state_space_scan", model=Scan)
+
+
 class RemembersKeys(Deep):
     """A cache of keys and values, filled in evaluation and begun anew each time, given up in training."""
 

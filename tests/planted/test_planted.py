@@ -18,12 +18,14 @@ BATCH_SIZE = ("batch_size_found", "batch_size_holds")
 SUSPICIOUS = ("batchnorm_convnet", "mixture_of_experts", "stochastic_depth", "length_buckets_all_ranks_share")
 # Healthy, but for a copy of the whole model that comes in a later step than a finder tries.
 COMES_LATE = ("model_copied_and_saved",)
+# The same as others, in another place.
+AGAIN = ("hook_that_appends", "evaluation_keeps_its_logits", "features_kept_by_a_closure")
 MINUTES = ("gpt2", "llama", "bert", "reference_opt", "reference_gpt", "conditional_collective")
 
 
 def params(plants: Iterable[Plant]) -> list[object]:
     slow = pytest.mark.slow
-    return [pytest.param(p, id=p.name, marks=[slow] if p.name in MINUTES else []) for p in plants]
+    return [pytest.param(p, id=p.name, marks=[slow] if p.name in (*MINUTES, *AGAIN) else []) for p in plants]
 
 
 def run(plant: Plant, checks: Iterable[str]) -> list[CheckResult]:
