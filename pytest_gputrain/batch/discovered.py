@@ -77,7 +77,7 @@ class Discovered:
 
 def not_a_case(case: object) -> str:
     """What is wrong with ``case``, in one line."""
-    way_out = "give a TrainingCase, or load_case('MODULE:ATTR')[0]"
+    way_out = "give a TrainingCase, such as pytest_gputrain.case.load_case('MODULE:ATTR')[0]"
     return f"case is {case!r:.60} ({type(case).__name__}); {way_out}"
 
 

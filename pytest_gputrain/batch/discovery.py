@@ -191,7 +191,8 @@ def _discovered(found: Found, runner: _Runner, measures: Measures, seconds: floa
     result = found.result
     observed = runner.probe.observed if runner.probe is not None else {}
     told = observed.get(result.size or min(observed, default=0))
-    warnings = [result.warning] if result.size and result.warning else []
+    warnings = runner.target.doubts()
+    warnings += [result.warning] if result.size and result.warning else []
     if told and result.size:
         warnings += told.notes(result.size, measures.limit)
     peaks = {**found.known, **dict(result.probes)}

@@ -70,8 +70,8 @@ class Observed:
             steps = max(1, (limit - self.peak) // self.growth)
             said.append(
                 f"memory grows by {format_size(self.growth)} a step at batch size {batch_size}: "
-                f"out of memory after about {steps} steps; something keeps tensors of past steps "
-                "(a list of losses without .item()?)"
+                f"out of memory after about {steps} step{'s' * (steps != 1)}; something keeps tensors "
+                "of past steps (a list of losses without .item()?)"
             )
         if self.varying:
             smallest, largest = self.varying

@@ -27,6 +27,11 @@ BUCKETS_REAL = "buckets of DistributedDataParallel included, by a group of this 
 BUCKETS_THERE = "buckets of the given DistributedDataParallel are there already"
 BUCKETS_RESERVED = "no gloo here: one copy of the gradients is kept free for buckets"
 
+STRANGE_OPTIMIZER = (
+    "the optimizer given holds none of the model's parameters, so its state may be missing from the peaks; "
+    "make it after the model, from model.parameters()"
+)
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -86,6 +91,13 @@ class Target:
         return TrainingProbe(
             self.case, self.model, self.conditions, device=self.device, limit=limit, optimizer=self.optimizer
         )
+
+    def doubts(self) -> list[str]:
+        """What makes any answer doubtful. No error: an optimizer of master weights holds its own copies."""
+        if self.optimizer is None:
+            return []
+        held = {id(one) for group in self.optimizer.param_groups for one in group["params"]}
+        return [] if held & {id(one) for one in self.model.parameters()} else [STRANGE_OPTIMIZER]
 
     def cache_key(
         self, world_size: int, settings: Mapping[str, object], components: object

@@ -65,7 +65,8 @@ class Answer:
         lines = [self._found() if self.size else self._too_large()]
         lines += [f"  it ran out {self.failure}"] if self.failure else []
         if self.by_category and not self.failure:  # which says it
-            lines.append(f"  {'at the peak' if self.size else 'of that'}: {self._categories()}")
+            where = "at the peak" if self.size else f"at batch size {self.minimum}"
+            lines.append(f"  {where}: {self._categories()}")
         if self.beside and self.size:
             lines.append(f"  the peak by method: {self._by_method()}")
         if self.law is not None:

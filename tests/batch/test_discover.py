@@ -83,8 +83,26 @@ def test_an_answer_prints_in_one_line() -> None:
 
 @pytest.mark.parametrize("ask", [find_batch, BatchFinder(), discover_of_case])
 def test_a_case_by_name_is_refused(ask: Any) -> None:
-    with pytest.raises(ValueError, match=r"^case is 'mine:gpt' \(str\); give a TrainingCase, or load_case\("):
+    with pytest.raises(
+        ValueError, match=r"^case is 'mine:gpt' \(str\); give a TrainingCase, such as pytest_gputrain\."
+    ):
         ask("mine:gpt")
+
+
+def test_an_optimizer_of_another_model_is_told() -> None:
+    case = gpt_case(1, width=32, sequence_length=16)
+    model, another = case.model(), case.model()
+    doubts = [
+        find_batch(
+            case, model=model, optimizer=case.optimizer(owner), capacity="3MB", max_batch_size=1
+        ).warnings
+        for owner in (model, another)
+    ]
+    assert doubts[0] == ()
+    assert doubts[1] == (
+        "the optimizer given holds none of the model's parameters, so its state may be missing from the "
+        "peaks; make it after the model, from model.parameters()",
+    )
 
 
 def test_answers_divide_the_global_batch() -> None:

@@ -191,10 +191,12 @@ def test_a_prediction_that_nothing_fits(capsys: pytest.CaptureFixture[str]) -> N
 @needs_linux
 def test_a_prediction_for_less_than_cuda_itself_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert code_of("find-batch", "mine:net", "--capacity=40MB") == 1
-    assert capsys.readouterr().out.splitlines()[1] == (
+    _, first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == (
         "net does not fit: the CUDA context alone takes 512.0 MiB (assumed) of 32.4 MiB (0.85 x 38.1 MiB); "
         "give the capacity of a whole GPU, or --device cpu to run real steps within so little"
     )
+    assert second.startswith("  at batch size 1: ")
 
 
 @needs_linux
