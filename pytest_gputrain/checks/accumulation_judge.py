@@ -214,8 +214,8 @@ class Judge:
 
     def _judge_mixing(self, trial: Trial, base: list[Gradients], due: Sequence[float]) -> None:
         """Pieces that cannot make up the whole, or only with other weights than the step's?"""
-        had, left = weights_in(self.full.gradients, base)
-        if left > self.tolerance.relative * trial.num or min(had) < 0:
+        had, _ = weights_in(self.full.gradients, base)
+        if min(had) < 0 or not self._gap(self.full.gradients, joined(base, had), sizes(base, had)).closed:
             self.mixing = True
             return
         found = self._gap(joined(base, due), self.full.gradients)
