@@ -248,7 +248,10 @@ def main_gradients_step(model: Any, optimizer: Any, micro_batches: Any) -> Tenso
 
 @healthy
 def added_up_in_buffers_of_its_own() -> TrainingCase:
-    return case("added_up_in_buffers_of_its_own", step=main_gradients_step)
+    limit = "its reference does not know gradients that are kept in buffers from backward to backward"
+    return case(
+        "added_up_in_buffers_of_its_own", step=main_gradients_step, expected_failures={"ddp_parity": limit}
+    )
 
 
 def divides_at_the_end_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
@@ -266,7 +269,7 @@ def divided_and_decayed_at_the_end() -> TrainingCase:
 
 
 def closure_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
-    """The window within the closure, as for a line search."""
+    """The window within the closure, as Lightning has it."""
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -276,13 +279,19 @@ def closure_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
     return value
 
 
-def line_search(model: Any) -> torch.optim.Optimizer:
-    return torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=2)
+def plain_descent(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
 @healthy
 def window_in_a_closure() -> TrainingCase:
-    return case("window_in_a_closure", step=closure_step, optimizer=line_search)
+    limit = "its reference updates without a closure, and takes the gradients after the first backward"
+    return case(
+        "window_in_a_closure",
+        step=closure_step,
+        optimizer=plain_descent,
+        expected_failures={"ddp_parity": limit},
+    )
 
 
 def smoothed_loss(model: Any, batch: Any) -> Tensor:
