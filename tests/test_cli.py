@@ -83,6 +83,10 @@ def code_of(arguments: list[str]) -> int:
             "gputrain doctor: argument --json: '/' is a folder; give a file, such as /out.json",
         ),
         (["lunch"], "gputrain: argument COMMAND: invalid choice: 'lunch'"),
+        (
+            ["check", "mine:case", "--checks", "ddp_parity", "ddp_completes"],
+            "gputrain check: unrecognized arguments: ddp_completes; --checks takes several as A,B; see ",
+        ),
         ([], "gputrain: the following arguments are required: COMMAND"),
     ],
 )

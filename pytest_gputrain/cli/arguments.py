@@ -13,6 +13,7 @@ from pytest_gputrain.values import LEGAL_FLAG, LEGAL_SECONDS, parse_flag, parse_
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_NOTHING_RAN, EXIT_INTERRUPTED = 0, 1, 2, 5, 130
 DEVICES = ("cpu", "cuda")
+LIST = "A,B"  # metavar of options that take several values in one word
 
 
 class UsageError(Exception):
@@ -32,9 +33,14 @@ class Parser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], self.names(), n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else self._list_hint(unknown[0])
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found, unknown
+
+    def _list_hint(self, stray: str) -> str:
+        """For ``--checks a b``: another option of ours takes its values with spaces."""
+        lists = [action.option_strings[0] for action in self._actions if action.metavar == LIST]
+        return f"; {lists[0]} takes several as {LIST}" if lists and not stray.startswith("-") else ""
 
     def names(self) -> frozenset[str]:
         """The options, as they are written."""

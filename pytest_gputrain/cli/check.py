@@ -13,6 +13,7 @@ from pytest_gputrain.cli.arguments import (
     EXIT_FAILED,
     EXIT_NOTHING_RAN,
     EXIT_OK,
+    LIST,
     UsageError,
     add_deadlines,
     device,
@@ -44,7 +45,7 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add = check.add_argument
     add("specs", nargs="*", metavar="MODULE:ATTR", help="training cases (default: the reference models)")
     add("--gputrain-case", action="append", metavar="MODULE:ATTR", help="the same, spelled as in pytest")
-    add("--checks", metavar="A,B", help="ids of the checks to run (default: all)")
+    add("--checks", metavar=LIST, help="ids of the checks to run (default: all)")
     add("--world-size", type=ranks, default=2, metavar="N", help="number of ranks (default: 2)")
     add("--device", type=device, default="cpu", help="cpu (gloo, the default) or cuda (nccl)")
     add("--share-gpu", action="store_true", help="with cuda: ranks that outnumber the GPUs share by gloo")
