@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 
 def release(error: BaseException | None = None, model: Any = None, optimizer: Any = None) -> None:
-    """Free what nobody needs any more, on the host and on GPUs in use.
+    """Free what nobody needs any more, on the host (which gets it back, too) and on GPUs in use.
 
     Of ``error`` and of everything it wraps, the frames that have ended lose their local variables (a running
     frame keeps its own: those are the caller's); of ``model`` and ``optimizer`` the gradients are dropped,
@@ -23,6 +25,8 @@ def release(error: BaseException | None = None, model: Any = None, optimizer: An
         if holder is not None:
             holder.zero_grad(set_to_none=True)
     gc.collect()
+    if trim := _malloc_trim():
+        trim(0)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
@@ -36,6 +40,16 @@ def drop_unfinished_backward() -> None:
     with torch.inference_mode(False), torch.enable_grad():
         one = torch.zeros((), device="cpu", requires_grad=True)
         torch.autograd.grad(one * 1, one)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's: without it a process keeps freed memory that lies below anything still in use. Else None."""
+    try:
+        trim: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library; Windows
+        return None
+    return trim
 
 
 def clear_frames(error: BaseException | None) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import weakref
 
+import psutil
 import pytest
 import torch
 
+from pytest_gputrain.memory import clean
 from pytest_gputrain.memory.clean import release
 from pytest_gputrain.memory.guard import OomGuard
 
@@ -72,3 +74,15 @@ def test_a_backward_that_ran_out_is_forgotten() -> None:
             scan().backward()
         weight.grad = None
         assert around.made_bytes == 0
+
+
+@pytest.mark.skipif(clean._malloc_trim() is None, reason="not glibc")
+def test_the_host_gets_memory_back_that_lies_below_what_is_in_use() -> None:
+    process = psutil.Process()
+    freed = [torch.ones(16_000) for _ in range(1000)]  # 64 MB, in pieces that come from the heap
+    above = torch.ones(16_000)
+    full = process.memory_info().rss
+    del freed
+    release()
+    assert process.memory_info().rss < full - 32 * 10**6
+    assert above.sum() == 16_000
