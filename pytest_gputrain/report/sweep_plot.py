@@ -6,6 +6,7 @@ Drawn without a display. Needs matplotlib, which the extra [report] brings; ``la
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ def draw(sweep: Sweep, path: Path) -> None:
     figure.suptitle(sweep.title, x=0.01, ha="left", fontsize=12)
     if sweep.footnote:
         figure.supxlabel(sweep.footnote, fontsize=7.5, color=GREY, x=0.01, ha="left")
-    unfinished = path.with_name(f".{path.stem}.unfinished{path.suffix}")
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     metadata = {"Date": None} if path.suffix == ".svg" else {}  # the same picture is the same file
     try:
         figure.savefig(unfinished, metadata=metadata)

@@ -5,6 +5,7 @@ A sweep that compares other runs than it names is worse than one that failed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +34,17 @@ class Rate:
 
 
 def observed_of(optimizers: Iterable[Mapping[str, Any]]) -> Observed:
-    """``optimizers``: what ``trace.rates`` wrote."""
-    seen = list(optimizers)
-    highest = [float(group["highest"]) for one in seen for group in one["groups"]]
-    return Observed(max((int(one["steps"]) for one in seen), default=None), tuple(highest))
+    """``optimizers``: what ``trace.rates`` wrote.
+
+    The one that stepped last counts, and those that stepped as often: a search for the batch size steps
+    optimizers of its own, before.
+    """
+    seen = sorted(optimizers, key=lambda one: int(one["last_at"]))
+    if not seen:
+        return Observed(None, ())
+    steps = int(seen[-1]["steps"])
+    trained = [one for one in seen if int(one["steps"]) == steps]
+    return Observed(steps, tuple(float(group["highest"]) for one in trained for group in one["groups"]))
 
 
 def rates_of(observed: Observed, reported: Reported) -> tuple[float, ...]:
@@ -68,6 +76,8 @@ def notes(values: Mapping[str, Any], observed: Observed, reported: Reported) -> 
     found, planned, rates = [], values["learning_rate"], rates_of(observed, reported)
     if reported.final_loss is None:
         found.append("the script reports no loss")
+    elif not math.isfinite(reported.final_loss):
+        found.append(f"the final loss is {reported.final_loss}")
     if reported.tokens is None:
         found.append("the script reports no tokens, so its budget is not checked")
     if not rates:
@@ -89,9 +99,9 @@ def _wrong_rate(
     planned = values["learning_rate"]
     if not rates or any(_same(rate, planned) for rate in rates):
         return None
-    if theirs := [rate for rate in rates if any(_same(rate, one) for one in checkpoint)]:
+    if all(any(_same(rate, one) for one in checkpoint) for rate in rates):
         return (
-            f"rate overwritten by the checkpoint: it trained at {max(theirs):.6g}, which is the "
+            f"rate overwritten by the checkpoint: it trained at {max(rates):.6g}, which is the "
             f"checkpoint's, and not at the planned {planned:.6g}; set group['lr'] after "
             "optimizer.load_state_dict, and what a scheduler starts from (initial_lr) too"
         )

@@ -8,6 +8,8 @@ iter, a number, behind it loss and a number, lr and a number.
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
 import math
 import re
@@ -58,9 +60,12 @@ def read_reported(metrics: Path, printed: str) -> Reported:
     last: Mapping[str, Any] = next((r for r in reversed(records) if _is_summary(r)), {})
     rates = [point.rate for point in points if point.rate is not None]
     final = _number(last.get("final_loss"))
+    losses = [points[-1].loss] if points else [loss for r in records if (loss := _loss(r)) is not None]
     return Reported(
-        final_loss=points[-1].loss if final is None and points else final,
-        eval_loss=_number(last.get("eval_loss")),
+        final_loss=losses[-1] if final is None and losses else final,
+        eval_loss=next(
+            (loss for r in reversed(records) if (loss := _number(r.get("eval_loss"))) is not None), None
+        ),
         tokens=_whole(last.get("tokens")) if last else next((p.tokens for p in points[-1:]), None),
         total_batch_size=_whole(last.get("total_batch_size")),
         highest_rate=max(rates, default=_number(last.get("learning_rate"))),
@@ -74,15 +79,20 @@ def _records(text: str) -> Iterator[dict[str, Any]]:
         found = False
         for line in candidate:
             if line.lstrip().startswith("{"):
-                try:
-                    value = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
+                value = _parsed(line)
                 if isinstance(value, dict):
                     found = True
                     yield value
         if found:
             return
+
+
+def _parsed(text: str) -> Any:
+    """JSON, or a dictionary as Python prints it (transformers' Trainer does); None for anything else."""
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return parse(text)
+    return None
 
 
 def _is_summary(record: Mapping[str, Any]) -> bool:
@@ -91,11 +101,15 @@ def _is_summary(record: Mapping[str, Any]) -> bool:
 
 def _point(record: Mapping[str, Any]) -> Point | None:
     step = _whole(record.get("step"))
-    loss = next((value for name in _LOSSES if (value := _number(record.get(name))) is not None), None)
+    loss = _loss(record)
     if step is None or loss is None:
         return None
     rate = next((value for name in _RATES if (value := _number(record.get(name))) is not None), None)
     return Point(step, loss, _whole(record.get("tokens")), rate)
+
+
+def _loss(record: Mapping[str, Any]) -> float | None:
+    return next((value for name in _LOSSES if (value := _number(record.get(name))) is not None), None)
 
 
 def _points_of_text(text: str) -> Iterator[Point]:
@@ -106,7 +120,10 @@ def _points_of_text(text: str) -> Iterator[Point]:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            return float(value)
+    return None
 
 
 def _whole(value: Any) -> int | None:

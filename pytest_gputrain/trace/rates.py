@@ -22,14 +22,15 @@ RATES = "rates.json"
 class Rates:
     """Looks at every step of torch's optimizers while ``watching``; writes the file at the end.
 
-    The file: ``{"optimizers": [{"type", "steps", "groups": [{"first", "highest", "last"}]}]}``.
+    The file: ``{"optimizers": [{"type", "steps", "last_at", "groups": [{"first", "highest", "last"}]}]}``.
+    ``last_at`` counts the steps of all optimizers: whose is highest has stepped last.
     """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / RATES
         self._optimizers: list[dict[str, Any]] = []
         self._known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
-        self._pid = os.getpid()
+        self._pid, self._count = os.getpid(), 0
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -43,9 +44,11 @@ class Rates:
     def _before(self, optimizer: Any, held: Held) -> None:
         seen = self._known.get(optimizer)
         if seen is None:
-            seen = self._known[optimizer] = {"type": type(optimizer).__name__, "steps": 0, "groups": []}
+            kind = type(optimizer).__name__
+            seen = self._known[optimizer] = {"type": kind, "steps": 0, "last_at": 0, "groups": []}
             self._optimizers.append(seen)
-        seen["steps"] += 1
+        self._count += 1
+        seen["steps"], seen["last_at"] = seen["steps"] + 1, self._count
         for number, group in enumerate(optimizer.param_groups):
             rate = float(group.get("lr", 0.0))
             if number == len(seen["groups"]):

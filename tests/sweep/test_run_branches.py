@@ -139,7 +139,7 @@ def test_a_branch_that_is_not_what_was_planned(planned: Plan, checkpoint: Path, 
         ("two_groups", None),
         ("says_nothing", "the script reports no loss"),
         ("prints_only", "the script reports no tokens, so its budget is not checked"),
-        ("diverges", None),
+        ("diverges", "the final loss is nan"),
     ],
 )
 def test_healthy_manners_of_training(planned: Plan, checkpoint: Path, manner: str, note: str | None) -> None:
@@ -148,7 +148,9 @@ def test_healthy_manners_of_training(planned: Plan, checkpoint: Path, manner: st
     assert found.verdict == "PASSED", found.message
     assert found.notes[:1] == ((note,) if note else ())
     assert (found.final_loss is None) == (manner == "says_nothing")
-    assert document(result.path.parents[1])["results"][0]["success"]
+    written = document(result.path.parents[1])["results"][0]
+    assert written["success"]
+    assert (written["final_loss"] is None) == (manner in ("says_nothing", "diverges"))
 
 
 def test_a_branch_that_changes_the_checkpoint_ends_the_sweep(planned: Plan, checkpoint: Path) -> None:

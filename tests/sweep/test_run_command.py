@@ -174,7 +174,12 @@ def test_a_dry_run_prints_commands_and_writes_nothing(
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest_gputrain", "branches", "run", *map(str, arguments)]
+    # As on a terminal: what a shell has started in the background ignores SIGINT, and so do its children.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from pytest_gputrain.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, "branches", "run", *map(str, arguments)]
     return subprocess.Popen(command, env=environ, **options)
 
 

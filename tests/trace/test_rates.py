@@ -28,12 +28,18 @@ def test_first_highest_and_last_rate_of_every_group_of_every_optimizer(tmp_path:
         {
             "type": "SGD",
             "steps": 3,
+            "last_at": 3,
             "groups": [
                 {"first": 0.2, "highest": 0.3, "last": 0.05},
                 {"first": 0.5, "highest": 0.5, "last": 0.5},
             ],
         },
-        {"type": "AdamW", "steps": 1, "groups": [{"first": 0.25, "highest": 0.25, "last": 0.25}]},
+        {
+            "type": "AdamW",
+            "steps": 1,
+            "last_at": 4,
+            "groups": [{"first": 0.25, "highest": 0.25, "last": 0.25}],
+        },
     ]
 
 
