@@ -61,7 +61,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
     (tmp_path / "test_it.py").write_text(TEST)
     (tmp_path / "meeting").mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("GPUTRAIN_")}
-    return {**kept, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "HOW_MANY": "8"}
+    return {**kept, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 def assert_one_discovered(outputs: list[str], folder: Path, count: int) -> None:
@@ -75,33 +75,13 @@ def assert_one_discovered(outputs: list[str], folder: Path, count: int) -> None:
 
 
 @pytest.mark.skipif("not hasattr(os, 'fork')")
-def test_one_of_two_sessions_discovers(tmp_path: Path, environ: dict[str, str]) -> None:
-    environ["HOW_MANY"] = "2"
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
+def test_one_of_several_sessions_discovers(tmp_path: Path, environ: dict[str, str], count: int) -> None:
+    environ["HOW_MANY"] = str(count)
     done = subprocess.run(
         [sys.executable, "-c", FORKED, *ARGUMENTS], cwd=tmp_path, env=environ, text=True, check=False,
         stdin=subprocess.DEVNULL, capture_output=True, timeout=200,
     )  # fmt: skip
     outputs = [path.read_text() for path in tmp_path.glob("out-*")]
     assert done.returncode == 0, "\n".join([done.stderr, *outputs])
-    assert_one_discovered(outputs, tmp_path / "cache", 2)
-
-
-@pytest.mark.slow
-def test_one_of_eight_sessions_that_have_nothing_in_common_discovers(
-    tmp_path: Path, environ: dict[str, str]
-) -> None:
-    sessions = [
-        subprocess.Popen(
-            [sys.executable, "-m", "pytest", *ARGUMENTS], cwd=tmp_path, env=environ, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for _ in range(8)
-    ]  # fmt: skip
-    try:
-        outputs = [session.communicate(timeout=250)[0] for session in sessions]
-    finally:
-        for session in sessions:
-            session.kill()
-            session.wait()
-    assert [session.returncode for session in sessions] == [0] * 8, "\n".join(outputs)
-    assert_one_discovered(outputs, tmp_path / "cache", 8)
+    assert_one_discovered(outputs, tmp_path / "cache", count)

@@ -43,13 +43,6 @@ def run_child(pytester: pytest.Pytester) -> Run:
 
 @linux
 @pytest.mark.slow
-def test_one_of_them(run_child: Run) -> None:
-    result = run_child("-k", "single_device and cpu")
-    result.assert_outcomes(passed=1, deselected=SHIPPED * 2 + 7)
-
-
-@linux
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_all_pass_and_leave_a_comparison(run_child: Run, tmp_path: Path) -> None:
     result = run_child("-rs", "--gputrain-report", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Predicted peaks of models that others wrote, two layers each, beside what torch's allocator hands out."""
+"""Predicted peaks of models that others wrote, of few layers, beside what torch's allocator hands out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_gputrain.reference.gpt import gpt_case
 from pytest_gputrain.reference.opt import case as opt
 
 T5 = {"d_model": 64, "d_ff": 128, "num_layers": 2, "num_heads": 4, "d_kv": 16, "decoder_start_token_id": 0}
-MAMBA = {"state_size": 8, "use_mambapy": False}
+MAMBA = {"state_size": 8, "use_mambapy": False, "num_hidden_layers": 1}
 llama = hugging_face("llama", "LlamaConfig", "LlamaForCausalLM", num_key_value_heads=2)
 gpt2 = hugging_face("gpt2", "GPT2Config", "GPT2LMHeadModel")
 
