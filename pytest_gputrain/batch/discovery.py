@@ -19,6 +19,7 @@ from pytest_gputrain.batch.ladder import legal_sizes, whole
 from pytest_gputrain.batch.search import SearchResult, find_maximum
 from pytest_gputrain.batch.seed import Seed, wanted
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.values import format_size
 
 if TYPE_CHECKING:
     import torch
@@ -158,6 +159,7 @@ class _Search:
             strategy=self.strategy,
             predicted=self.predicted,
             known=known,
+            show=lambda peak: format_size(int(peak)),
         )
 
 

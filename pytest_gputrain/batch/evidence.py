@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pytest_gputrain.batch.ladder import whole
 
@@ -32,9 +32,14 @@ class Evidence:
     """
 
     def __init__(
-        self, sizes: Sequence[int], capacity: float, known: Mapping[int, float | None] | None = None
+        self,
+        sizes: Sequence[int],
+        capacity: float,
+        known: Mapping[int, float | None] | None = None,
+        show: Callable[[float], str] = "{:.6g}".format,
     ) -> None:
         self.sizes = sizes
+        self.show = show
         self.capacity = capacity
         self.fresh: dict[int, float | None] = {}
         self.known = {
@@ -91,7 +96,7 @@ class Evidence:
 
     def _falls(self) -> list[str]:
         return [
-            f"the peak falls from {peak:.6g} at {size} to {lower:.6g} at {larger}: more may fit"
+            f"the peak falls from {self.show(peak)} at {size} to {self.show(lower)} at {larger}: more may fit"
             for (size, peak), (larger, lower) in itertools.pairwise(self.points())
             if lower < peak * (1 - FALLS)
         ]
@@ -105,5 +110,5 @@ class Evidence:
         peak = self.peaks[size] or 0
         if peak * (larger / size) ** 2 >= self.capacity * (1 - FALLS):
             return []
-        took = f"{peak:.6g} of {self.capacity:.6g}"
+        took = f"{self.show(peak)} of {self.show(self.capacity)}"
         return [f"{larger} does not fit although {size} takes {took}: more may fit"]

@@ -47,6 +47,7 @@ def find_maximum(
     strategy: str = "model",
     predicted: Callable[[int], float] | None = None,
     known: Mapping[int, float | None] | None = None,
+    show: Callable[[float], str] = "{:.6g}".format,
 ) -> SearchResult:
     """Find the largest legal batch size whose peak is within ``capacity``, by running ``probe`` on few sizes.
 
@@ -57,11 +58,11 @@ def find_maximum(
 
     ``predicted`` (peak by batch size, cheap to call) says where to look and is never believed. ``known``
     (peak by batch size, measured before) counts as run; a None in it must be of this capacity or a larger
-    one. Raises ``ValueError`` for arguments or peaks that are not legal.
+    one. ``show``: a peak as text, for warnings. Raises ``ValueError`` for what is not legal.
     """
     sizes = legal_sizes(minimum, maximum, multiple_of, divides)
     chooser = _strategy(strategy, predicted)
-    evidence = Evidence(sizes, _checked_capacity(capacity), known)
+    evidence = Evidence(sizes, _checked_capacity(capacity), known, show)
     while (bracket := _open(evidence)) is not None:
         rung = chooser.choose(evidence)
         assert bracket[0] < rung < bracket[1], f"{rung} is outside of {bracket}"  # else this never ends
@@ -99,7 +100,8 @@ def _warning(evidence: Evidence, size: int) -> str | None:
     said = evidence.oddities()
     if not size:
         smallest = evidence.sizes[0]
-        peak = evidence.peaks[smallest]
-        took = "needs more than it could get" if peak is None or math.isinf(peak) else f"needs {peak:.6g}"
-        said.insert(0, f"no batch size fits: {smallest}, the smallest, {took} of {evidence.capacity:.6g}")
+        peak, show = evidence.peaks[smallest], evidence.show
+        took = "needs more than it could get" if peak is None or math.isinf(peak) else f"needs {show(peak)}"
+        capacity = show(evidence.capacity)
+        said.insert(0, f"no batch size fits: {smallest}, the smallest, {took} of {capacity}")
     return "; ".join(said) or None

@@ -310,6 +310,19 @@ def test_a_loss_of_none_is_not_replaced_by_another_scalar() -> None:
         discover_batch_size(Unasked(), 32, "cpu", capacity="2MB")
 
 
+def test_what_is_odd_is_said_in_sizes() -> None:
+    def loss(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        if len(batch) > 3:
+            raise MemoryError
+        output: torch.Tensor = model(batch)
+        return output.square().mean()
+
+    found = find_batch(case_of(mlp, batch=wide, loss=loss), capacity="2MB", max_batch_size=4)
+    assert found.size == 3
+    assert found.warnings[0].startswith("4 does not fit although 3 takes ")
+    assert found.warnings[0].endswith("KiB of 1.6 MiB: more may fit")
+
+
 def test_a_case_without_a_scalar_loss() -> None:
     case = case_of(mlp, batch=wide, loss=lambda model, batch: model(batch))
     with pytest.raises(ValueError, match=r"^") as raised:
