@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_gputrain.sweep import branch_log
 from pytest_gputrain.sweep.findings import Observed, Rate, notes, observed_of, rates_of, wrong
 from pytest_gputrain.sweep.gpus import HIDDEN
-from pytest_gputrain.sweep.manifest import PlannedBranch
+from pytest_gputrain.sweep.manifest import PlannedBranch, SweepError, digest
 from pytest_gputrain.sweep.metrics import Reported, read_reported
 from pytest_gputrain.sweep.prepare import Prepared
 from pytest_gputrain.sweep.results import BranchResult, curve_of
@@ -71,7 +71,7 @@ def run_branch(
         outcome = blank(prepared, branch, CANCELLED, "cancelled while it ran")
     except (LeaseTimeout, GpusOccupied) as error:
         outcome = blank(prepared, branch, "SKIPPED", str(error))
-    except (LaunchUsageError, LeaseFolderError, OSError) as error:
+    except (SweepError, LaunchUsageError, LeaseFolderError, OSError) as error:
         outcome = blank(prepared, branch, "FAILED", str(error))
     seconds = result.seconds if result is not None else time.monotonic() - began
     outcome = dataclasses.replace(outcome, duration=round(seconds, 3))
@@ -82,14 +82,17 @@ def run_branch(
 
 
 def _clear(prepared: Prepared, branch: PlannedBranch) -> None:
-    """Nothing of an earlier run may be taken for this one's."""
+    """Nothing of an earlier run may be taken for this one's. Raises SweepError, OSError."""
+    config = branch.config.read_bytes()
+    if digest(config) != branch.sha256:
+        raise SweepError(f"{branch.config} has changed since the sweep was started; run it again")
     prepared.metrics(branch).unlink(missing_ok=True)
     branch_log.remove(prepared.launched(branch))
     prepared.launched(branch).mkdir()
     branch_log.start(
         prepared.log(branch),
         branch=f"{branch.name} of {prepared.manifest.folder}" + (" (edited)" if branch.edited else ""),
-        config=branch.config.read_text(encoding="utf-8", errors="replace"),
+        config=config.decode(errors="replace"),
         command=prepared.line(branch),
         launched=prepared.launched(branch),
     )

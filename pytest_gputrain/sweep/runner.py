@@ -208,7 +208,8 @@ class _Sweep:
     def _ended(self, branch: PlannedBranch, outcome: BranchResult) -> None:
         self._results[branch.k] = outcome
         self._write()
-        said = f"after {outcome.duration:.1f} s: {outcome.message}" if outcome.message else _figures(outcome)
+        when = f"after {outcome.duration:.1f} s: " if outcome.duration else ""  # it may not have started
+        said = f"{when}{outcome.message}" if outcome.message else _figures(outcome)
         notes = "".join(f"\n  note: {note}" for note in outcome.notes)
         self._tell(f"{branch.name}: {outcome.verdict} {said}{notes}")
 

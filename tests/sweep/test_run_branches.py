@@ -159,6 +159,15 @@ def test_a_branch_that_changes_the_checkpoint_ends_the_sweep(planned: Plan, chec
     assert "has changed while branch_k1 ran" in result.results[0].message
 
 
+def test_a_configuration_that_changes_meanwhile_is_not_run(planned: Plan, checkpoint: Path) -> None:
+    folder = planned(1, 2)
+    script = folder.parent / "edits.py"
+    script.write_text(f"open({str(folder / 'branch_k2.py')!r}, 'a').write('# more')\n")
+    result = run_sweep(folder, checkpoint=checkpoint, script=str(script))
+    assert [r.verdict for r in result.results] == ["PASSED", "FAILED"]
+    assert "branch_k2.py has changed since the sweep was started" in result.results[1].message
+
+
 def test_two_ranks_share_a_branch(planned: Plan, checkpoint: Path) -> None:
     folder = planned(1, world_size=2, base_batch=4)
     script = folder.parent / "ranks.py"
