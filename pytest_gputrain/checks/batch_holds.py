@@ -1,8 +1,11 @@
 """Does training hold at the batch size that is found? Longer and more varied than a finder's tries.
 
 The finder may use 85 % of the memory, as by default, and training all of it. Before that, whether memory
-grows from step to step: then no size holds, and what keeps the tensors is named. Does not see, on CPU, memory
-that an allocator cannot join (fragmentation): there every freed byte is free again.
+grows from step to step: then no size holds, and what keeps the tensors is named. Last the same steps on every
+rank, not wrapped.
+
+Does not see the buckets of data parallel, a stream that gives ranks other lengths, and, on CPU, memory that
+an allocator cannot join (fragmentation): there every freed byte is free again.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from pytest_gputrain.checks.batch_finders import ask, name_of
 from pytest_gputrain.checks.batch_found import scene_of
 from pytest_gputrain.checks.batch_runs import quick_collection, run
 from pytest_gputrain.checks.batch_scene import Scene
-from pytest_gputrain.checks.batch_training import Held, accumulating, plan, train
+from pytest_gputrain.checks.batch_training import Held, accumulating, plan, steps, train
 from pytest_gputrain.checks.context import CheckContext
-from pytest_gputrain.checks.ranks import alone
+from pytest_gputrain.checks.ranks import alone, on_ranks
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, Figures
+from pytest_gputrain.devices.sharing import lacking
 from pytest_gputrain.values import format_size
 
 MARGIN = 0.85  # find_batch's default
@@ -48,6 +52,7 @@ def check_batch_size_holds(case: TrainingCase, ctx: CheckContext) -> Figures:
         )
     for size, held in zip((outcome.size, outcome.accumulated_size), outcome.held, strict=False):
         _judge_held(size, held, scene, figures)
+    _judge_ranks(case, ctx, scene, outcome.size, figures)
     return figures
 
 
@@ -105,6 +110,36 @@ def _found(case: TrainingCase, ctx: CheckContext, scene: Scene, global_batch: in
         global_batch_size=global_batch,
         evaluates=scene.evaluates,
     )
+
+
+def _judge_ranks(case: TrainingCase, ctx: CheckContext, scene: Scene, size: int, figures: Figures) -> None:
+    """On every rank by itself, where there are as many: one may get more than rank 0."""
+    if ctx.world_size == 1 or (ctx.device == "cuda" and lacking(ctx.world_size, share_gpu=False)):
+        return
+    by_rank: list[Held] = on_ranks(
+        _train_on_a_rank,
+        case,
+        ctx,
+        scene,
+        size,
+        world_size=ctx.world_size,
+        doing=f"training at batch size {size}, each rank by itself",
+    )
+    for rank, held in enumerate(by_rank):
+        if held.ran_out:
+            raise CheckFailed(
+                f"at the batch size found, {size}, memory runs out on rank {rank} in {held.ran_out}; one "
+                "process alone has enough\n"
+                "  likely: this rank gets longer samples, or keeps more, than the one that looked; look on "
+                "all ranks and take the least (discover_batch_size does)\n"
+                f"  {held.details}",
+                figures,
+            )
+    figures["ranks"] = ctx.world_size
+
+
+def _train_on_a_rank(case: TrainingCase, ctx: CheckContext, scene: Scene, size: int) -> Held:
+    return train(case, ctx, list(steps(case, ctx, size, scene)), _memory(scene))
 
 
 def _judge_growth(scene: Scene) -> None:

@@ -58,7 +58,16 @@ _UPDATE = ", in the optimizer's update"
 
 
 def plan(case: TrainingCase, ctx: CheckContext, size: int, scene: Scene) -> Iterator[Piece]:
-    """Training at one size."""
+    """Training at one size, then on the case's own data."""
+    yield from steps(case, ctx, size, scene)
+    usual = shapes(draw(case, ctx, size, 0))
+    for taken in chosen(case, ctx, size):
+        words = f"batch {taken.index} of batches(): {shapes(taken.batch)}, where batch() gives {usual}"
+        yield Piece([taken.batch], words, _LONGER)
+
+
+def steps(case: TrainingCase, ctx: CheckContext, size: int, scene: Scene) -> Iterator[Piece]:
+    """Steps and evaluation at one size, as many on every rank."""
     for step in range(STEPS):
         yield Piece([draw(case, ctx, size, step)], f"step {step}", _LATER)
         if scene.evaluates and step % EVALUATE_EVERY == 1:
@@ -69,10 +78,6 @@ def plan(case: TrainingCase, ctx: CheckContext, size: int, scene: Scene) -> Iter
                 True,
             )
     yield Piece([draw(case, ctx, max(scene.minimum, size // 2), 0)], "a short batch", _LATER)
-    usual = shapes(draw(case, ctx, size, 0))
-    for taken in chosen(case, ctx, size):
-        words = f"batch {taken.index} of batches(): {shapes(taken.batch)}, where batch() gives {usual}"
-        yield Piece([taken.batch], words, _LONGER)
 
 
 def accumulating(case: TrainingCase, ctx: CheckContext, size: int, number: int) -> Iterator[Piece]:

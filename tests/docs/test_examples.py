@@ -85,8 +85,8 @@ def test_the_broken_case_that_the_readme_shows() -> None:
     for line in done.stdout.splitlines()[:4]:
         shown = re.sub(r" +\d+\.\d ", " N ", line)
         assert shown in re.sub(r" +\d+\.\d ", " N ", README)
-    assert done.stdout.endswith("4 passed, 3 failed, 1 skipped\n")
-    assert "4 passed, 3 failed, 1 skipped\n" in README
+    assert done.stdout.endswith("6 passed, 3 failed, 1 skipped\n")
+    assert "6 passed, 3 failed, 1 skipped\n" in README
 
 
 def test_the_report_that_the_documentation_shows(tmp_path: Path) -> None:

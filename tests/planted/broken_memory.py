@@ -12,7 +12,7 @@ from torch import Tensor
 from pytest_gputrain.case import TrainingCase
 from tests.planted.broken_finders import Deep, tokens
 from tests.planted.healthy_models import next_token_loss
-from tests.planted.plant import WIDTH, Net, broken, case, loss
+from tests.planted.plant import WIDTH, Net, broken, case, loss, rank
 
 history: list[Tensor] = []
 
@@ -167,6 +167,16 @@ def one_long_among_short() -> Iterator[Any]:
 @broken({"batch_size_holds": "memory runs out in batch 30 of batches(): (5, 64) and (5, 64), where "})
 def longer_sequences_come_later() -> TrainingCase:
     return tokens("longer_sequences_come_later", batch=ragged_draw, batches=one_long_among_short)
+
+
+def longer_on_the_second_rank(batch_size: int, device: Any) -> Any:
+    """The corpus is sorted by length, and each rank has its share."""
+    return sentences(batch_size, 32 if rank() else 8, device)
+
+
+@broken({"batch_size_holds": "memory runs out on rank 1 in step 0"}, may_fail=("ddp_parity",))
+def rank_with_longer_samples() -> TrainingCase:
+    return tokens("rank_with_longer_samples", batch=longer_on_the_second_rank)
 
 
 class PoolByLength(Deep):
