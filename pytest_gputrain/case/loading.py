@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from pytest_gputrain.case import TrainingCase
 
 FORM = 'give "package.module:attribute"'
-_NOT_THE_USERS = (str(Path(__file__).parent), "<frozen", "/site-packages/", "/dist-packages/")
+_PACKAGE = Path(__file__).parent.parent
+_NOT_THE_USERS = (
+    str(_PACKAGE / "case"),
+    str(_PACKAGE / "checks"),
+    str(_PACKAGE / "trace"),
+    "<frozen",
+    "/site-packages/",
+    "/dist-packages/",
+)
 
 
 class CaseError(ValueError):

@@ -85,7 +85,7 @@ class Lab:
         with self.arithmetic(), same_random_states(model, list(states)):
             for part in parts:
                 model.zero_grad(set_to_none=True)
-                loss = case.loss(model, part)
+                loss = case.loss(model, _copied(part))
                 if not pytree.is_tensor(loss) or loss.dim() or not loss.requires_grad:
                     raise CheckUndecided("loss(model, batch) gave no scalar with a gradient")
                 (loss * root).backward()
@@ -150,7 +150,7 @@ def _watched(case: Any, model: Any, optimizer: Any, parts: Sequence[Any], factor
     from pytest_gputrain.checks.parity_rank import before_forward, keep_state
     from pytest_gputrain.checks.session import loss_value, trained_parameters
 
-    handed = Handed(parts)
+    handed = Handed(_copied(part) for part in parts)
     states: list[dict[str, Any]] = []
     with (
         before_forward(lambda: model, lambda module: keep_state(states)),
@@ -186,6 +186,11 @@ def _restore(model: Any, weights: dict[str, Any]) -> None:
             parameter.grad = None
             if name in weights:
                 parameter.copy_(weights[name])
+
+
+def _copied(batch: Any) -> Any:
+    """A step may change its batch in place."""
+    return pytree.map_tensors(lambda tensor: tensor.clone(), batch)
 
 
 def _doubled(tensor: Any) -> Any:

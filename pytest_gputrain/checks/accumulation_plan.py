@@ -17,10 +17,12 @@ from pytest_gputrain.checks.result import CheckFailed, CheckSkipped
 
 # Divisible by every number of pieces: a piece that is smaller than the others is a trial of its own.
 # Four first: with two, a first one that is lost and a last one that counts alone are the same.
-SAMPLES, PIECES = 24, (4, 2, 3, 8)
-FEW_SAMPLES, FEW_PIECES = 8, (4, 2)
+SAMPLES, FEW_SAMPLES = 24, 8
+PIECES: tuple[int, ...] = (4, 2, 3, 8)
+FEW_PIECES: tuple[int, ...] = (4, 2)
+SLOW_PIECES: tuple[int, ...] = (2,)
 # Above so many seconds for a step on ctx.batch_size samples, fewer have to do.
-QUICK = 0.03
+QUICK, SLOW = 0.03, 1.0
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,10 @@ class Plan:
 
 def plan(case: TrainingCase, lab: Lab, size: int) -> Plan:
     """Raises CheckSkipped where the batch cannot be split, CheckFailed where splitting loses samples."""
-    quick = min(_seconds(lab, size) for _ in range(2)) < QUICK  # the first pass makes caches
-    wanted, pieces = (SAMPLES, PIECES) if quick else (FEW_SAMPLES, FEW_PIECES)
+    seconds = min(_seconds(lab, size) for _ in range(2))  # the first pass makes caches
+    wanted, pieces = SAMPLES, PIECES
+    if seconds > QUICK:
+        wanted, pieces = (FEW_SAMPLES, FEW_PIECES) if seconds < SLOW else (size, SLOW_PIECES)
     full = lab.batch(wanted)
     length = pytree.batch_length(full) or wanted
     trials: list[Trial] = []
@@ -65,10 +69,13 @@ def plan(case: TrainingCase, lab: Lab, size: int) -> Plan:
             notes.append(f"no window of {num} micro-batches: split gave {len(parts)}")
             continue
         _judge_split(full, parts)
+        if problem := _too_small(lab, parts):
+            notes.append(f"no window of {num} micro-batches: {problem}")
+            continue
         trials.append(Trial(parts, len({pytree.batch_length(part) for part in parts}) == 1, True))
     if not trials:
         raise CheckSkipped(f"no batch could be split: {notes[0]}")
-    trials += _ragged(case, trials[0])
+    trials += _ragged(case, lab, trials[0])
     return Plan(full, wanted, length, trials, notes)
 
 
@@ -86,7 +93,7 @@ def _seconds(lab: Lab, size: int) -> float:
     return time.monotonic() - started
 
 
-def _ragged(case: TrainingCase, trial: Trial) -> list[Trial]:
+def _ragged(case: TrainingCase, lab: Lab, trial: Trial) -> list[Trial]:
     """The same with half of its last micro-batch, as at the end of an epoch."""
     last = trial.parts[-1]
     if (pytree.batch_length(last) or 0) < 2:
@@ -95,7 +102,21 @@ def _ragged(case: TrainingCase, trial: Trial) -> list[Trial]:
         half = next(iter(case.split(last, 2)))
     except Exception:
         return []
+    if _too_small(lab, [half]):
+        return []
     return [Trial([*trial.parts[:-1], half], False, False)]
+
+
+def _too_small(lab: Lab, parts: Sequence[Any]) -> str | None:
+    """Why the step cannot take one of these alone: BatchNorm has no statistics of a single sample."""
+    smallest = min(parts, key=lambda part: pytree.batch_length(part) or 0)
+    if (pytree.batch_length(smallest) or 0) > 1:
+        return None
+    try:
+        lab.window([smallest])
+    except Exception as error:
+        return f"on a single sample the step raises {describe(error)}"
+    return None
 
 
 def _judge_split(full: Any, parts: Sequence[Any]) -> None:

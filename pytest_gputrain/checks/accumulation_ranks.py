@@ -179,10 +179,11 @@ def _judge_equal(runs: Sequence[RankRun]) -> None:
         return
     if any(under):
         raise CheckFailed(
-            f"the last of {first.num} micro-batches is under no_sync() too, so gradients are never "
-            "averaged and "
-            f"the {len(runs)} ranks have different parameters\n"
-            "  likely: no_sync() covers every micro-batch; leave the last one out"
+            f"the last of {first.num} micro-batches is under no_sync(), so the window's gradients "
+            "are not averaged "
+            f"and the {len(runs)} ranks have different parameters\n"
+            "  likely: no_sync() covers every micro-batch, or all but the first; it has to cover "
+            "all but the last"
         )
     if first.one.equal:
         raise CheckFailed(

@@ -375,7 +375,8 @@ def never_synced_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
 
 
 @broken(
-    {SCHEDULE: "the last of 4 micro-batches is under no_sync() too"}, may_fail=("ddp_parity", "ddp_completes")
+    {SCHEDULE: "the last of 4 micro-batches is under no_sync(), so the window's"},
+    may_fail=("ddp_parity", "ddp_completes"),
 )
 def no_sync_around_the_last_too() -> TrainingCase:
     return case("no_sync_around_the_last_too", step=never_synced_step)
