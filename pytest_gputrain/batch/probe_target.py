@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pytest_gputrain.batch import probe_world
 from pytest_gputrain.batch.probe import Conditions, TrainingProbe
 from pytest_gputrain.batch.users_own import users_own
-from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case import TrainingCase, defaults
 from pytest_gputrain.case.defaults import unwrapped
 from pytest_gputrain.memory.capacity import known_device, memory_of
 
@@ -107,7 +107,11 @@ class Target:
 
         torch.manual_seed(SEED)
         with users_own():
-            optimizer = self.optimizer or self.case.optimizer(self.model)
+            optimizer = self.optimizer
+            # Of the default one None says enough. Making an optimizer imports torch's compiler: seconds that
+            # a cache hit has no other use for.
+            if optimizer is None and self.case.optimizer is not defaults.optimizer:
+                optimizer = self.case.optimizer(self.model)
             batch = self.case.batch(1, self.device)
         return cache_key(
             self.model,
