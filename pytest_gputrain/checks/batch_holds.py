@@ -18,7 +18,7 @@ from pytest_gputrain.checks.batch_finders import ask, name_of
 from pytest_gputrain.checks.batch_found import scene_of
 from pytest_gputrain.checks.batch_runs import quick_collection, run
 from pytest_gputrain.checks.batch_scene import Scene
-from pytest_gputrain.checks.batch_training import Held, accumulating, plan, steps, train
+from pytest_gputrain.checks.batch_training import TRIED, Held, accumulating, plan, steps, train
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.ranks import alone, on_ranks
 from pytest_gputrain.checks.registry import check
@@ -139,7 +139,7 @@ def _judge_ranks(case: TrainingCase, ctx: CheckContext, scene: Scene, size: int,
 
 
 def _train_on_a_rank(case: TrainingCase, ctx: CheckContext, scene: Scene, size: int) -> Held:
-    return train(case, ctx, list(steps(case, ctx, size, scene)), _memory(scene))
+    return train(case, ctx, list(steps(case, ctx, size, scene, TRIED)), _memory(scene))
 
 
 def _judge_growth(scene: Scene) -> None:

@@ -66,9 +66,11 @@ def plan(case: TrainingCase, ctx: CheckContext, size: int, scene: Scene) -> Iter
         yield Piece([taken.batch], words, _LONGER)
 
 
-def steps(case: TrainingCase, ctx: CheckContext, size: int, scene: Scene) -> Iterator[Piece]:
+def steps(
+    case: TrainingCase, ctx: CheckContext, size: int, scene: Scene, number: int = STEPS
+) -> Iterator[Piece]:
     """Steps and evaluation at one size, as many on every rank."""
-    for step in range(STEPS):
+    for step in range(number):
         yield Piece([draw(case, ctx, size, step)], f"step {step}", _LATER)
         if scene.evaluates and step % EVALUATE_EVERY == 1:
             yield Piece(
