@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 WARM_UP = 3
 # Every so many steps a loop may do something else (log, keep): of quick steps more are looked at.
 LEAST_WINDOW, LARGEST_WINDOW, WINDOW_SECONDS = 3, 25, 0.2
-# Growth has to go on for so many windows, each of which is then so many times as long: what is bounded (the
-# last hundred losses) is full by then.
-WINDOWS, PATIENCE = 5, 2
+# Growth has to go on for so many windows, which are longer where steps are quick: what is bounded (the last
+# hundred losses) is full by then.
+WINDOWS, PATIENT_WINDOW = 5, 30
 # A number kept from each step is no leak worth a word (CUDA hands out 512 bytes for one); nor is what a
 # million steps do not fill memory with.
 LEAST_BYTES, STEPS_TO_FILL = {"cpu": 128, "cuda": 4096}, 1_000_000
@@ -57,7 +57,8 @@ def watch(case: TrainingCase, ctx: CheckContext, batch_size: int, budget: int, *
         if training.low(guard, window) >= training.low(guard, window):
             return Growth(0, training.steps)
         guard.note_every_line()
-        window *= PATIENCE
+        if window > LEAST_WINDOW:
+            window = PATIENT_WINDOW
         lows = [training.low(guard, window, collects=True)]
         while len(lows) < WINDOWS:
             lows.append(training.low(guard, window, collects=True))
