@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..trace.pending import PointToPoint
-from . import dirt
+from .dirt import Probe
+from .dirt_quick import STANDARD, Attributes, Glance
 
 _FLAGS = (
     "_get_cublas_allow_tf32", "_get_cublas_allow_bf16_reduced_precision_reduction",
@@ -35,7 +36,7 @@ _GPU_MEMORY = 64 << 20
 """Bytes that may stay allocated on a GPU: communicators and workspaces of libraries."""
 
 
-def probes() -> dict[str, dirt.Probe]:
+def probes() -> dict[str, Probe]:
     """State of torch in this process; the process group is ready."""
     import torch
 
@@ -44,10 +45,10 @@ def probes() -> dict[str, dirt.Probe]:
         "function modes": torch._C._len_torch_function_stack,
         "dispatch modes": torch._C._len_torch_dispatch_stack,
         "compiled code": lambda: sys.modules["torch._dynamo.convert_frame"].FRAME_COUNTER,
-        "process group": dirt.Glance(_group_in_short, _group),
+        "process group": Glance(_group_in_short, _group),
         "default dtype": torch.get_default_dtype,
         # Setting one pushes a function mode.
-        "default device": dirt.Glance(torch._C._len_torch_function_stack, torch.get_default_device),
+        "default device": Glance(torch._C._len_torch_function_stack, torch.get_default_device),
         "flags": _named(torch._C, _FLAGS),
         "autograd": _named(torch._C, _GRAD),
         "saved tensor hooks": lambda: _saved_tensor_hooks(torch),
@@ -69,7 +70,7 @@ def random_one() -> float:
     return float(len(_FLAGS) > 0)
 
 
-def _named(space: Any, names: Sequence[str]) -> dirt.Probe:
+def _named(space: Any, names: Sequence[str]) -> Probe:
     known = [(name.lstrip("_").removeprefix("get_"), getattr(space, name, None)) for name in names]
     readers = {name: reader for name, reader in known if reader is not None and _answers(reader)}
     return lambda: {name: reader() for name, reader in readers.items()}
@@ -88,7 +89,7 @@ def _saved_tensor_hooks(torch: Any) -> object:
     return autograd._saved_tensors_hooks_is_enabled(), autograd._top_saved_tensors_default_hooks(True) is None
 
 
-def _global_hooks() -> dirt.Probe:
+def _global_hooks() -> Probe:
     """Hooks on every module and every optimizer, by the table they are in."""
     known = [
         (vars(sys.modules[name]), table)
@@ -108,14 +109,14 @@ def _numpy() -> object:
     return {**numpy.geterr(), **{name: shown[name] for name in ("precision", "threshold", "linewidth")}}
 
 
-def _attributes(torch: Any) -> dirt.Attributes:
+def _attributes(torch: Any) -> Attributes:
     import torch.distributed as dist
 
     functional, tensor, module = torch.nn.functional, torch.Tensor, torch.nn.Module
     spaces = (torch, functional, tensor, module, torch.optim.Optimizer, torch.autograd.Function)
     groups = (dist, sys.modules["torch.distributed.distributed_c10d"], dist.ProcessGroup)
     parallel = torch.nn.parallel.DistributedDataParallel
-    return dirt.Attributes(*dirt.STANDARD, *spaces, *groups, parallel)
+    return Attributes(*STANDARD, *spaces, *groups, parallel)
 
 
 def _group_in_short() -> object:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import calls, dirt, dirt_torch, output, payload, rank, recorder, sweep
+from . import calls, dirt, dirt_python, dirt_torch, output, payload, rank, recorder, sweep
 
 
 def run(
@@ -61,8 +61,8 @@ class _Kept:
         self._traffic = dirt_torch.Traffic()
         gc.collect()
         gc.freeze()  # so that a collection after each call looks at what the call made, and takes 0.1 ms
-        fixed = {**dirt_torch.probes(), **dirt.python()}
-        self.baseline = dirt.Baseline(fixed, dirt.by_call())
+        fixed = {**dirt_torch.probes(), **dirt_python.python()}
+        self.baseline = dirt.Baseline(fixed, dirt_python.by_call())
         self._gpu_memory = dirt_torch.gpu_memory()
 
     def serve(self, call: bytes) -> None:
