@@ -15,20 +15,17 @@ import torch
 
 from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.memory import as_cuda, categories
+from pytest_gputrain.memory.fake_books import Blocks, FakeAccounting
 from pytest_gputrain.memory.fake_manners import FakeManners
-from pytest_gputrain.memory.fake_seam import DispatchMode, as_fake, conversions, fake_mode, is_fake
+from pytest_gputrain.memory.fake_model import as_if_wrapped, make_fake
+from pytest_gputrain.memory.fake_seam import as_fake, conversions, fake_mode, is_fake
 from pytest_gputrain.memory.fake_values import Unanswerable, Values
-from pytest_gputrain.memory.ledger import Ledger, Record
 from pytest_gputrain.memory.lines import location, raising_lines
 from pytest_gputrain.memory.no_trace import leaving_no_trace
-from pytest_gputrain.memory.owners import Owners
 from pytest_gputrain.trace.optimizers import optimizers_in
 
 # A batch is drawn for real where it is small enough: its values then answer what the program asks of it.
 MOST_REAL_BATCH = 64 * 2**20  # bytes
-
-# The sum of gradients, and the gradients of x[indices], gather, max, index_select, masked_select and take.
-_IN_PLACE_IN_BACKWARD = ("add", "index_put", "scatter_add", "scatter", "index_add", "masked_scatter", "put")
 
 
 class PredictionError(ValueError):
@@ -45,59 +42,6 @@ class Peak:
     by_category: Mapping[str, int]
     passes: int
     update: int
-
-
-class _Blocks(Ledger):
-    """Books of an allocator that hands out multiples of ``granularity`` bytes."""
-
-    def __init__(self, granularity: int) -> None:
-        super().__init__()
-        self._granularity = granularity
-
-    def charge(self, storage: Any, tensor: Any, category: str, op: Any = None) -> Record:
-        record = super().charge(storage, tensor, category, op)
-        self.resize(record, record.num_bytes)
-        return record
-
-    def resize(self, record: Record, num_bytes: int) -> None:
-        super().resize(record, -(-num_bytes // self._granularity) * self._granularity)
-
-
-class _Accounting(DispatchMode):  # type: ignore[misc]
-    """Charges every storage that an operation makes."""
-
-    def __init__(self, ledger: Ledger, values: Values) -> None:
-        super().__init__()
-        self.ledger = ledger
-        self.values = values
-        self.owners = Owners(self.mark)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = self.values.run(func, args, kwargs or {})
-        self._charge(out, categories.OTHER if self.owners.stepping else categories.ACTIVATIONS)
-        if not _is_in_place_for_real(func):
-            self.ledger.settle()
-        return out
-
-    def mark(self, tensor: Any, category: str) -> None:
-        """What is in the books, or not yet, is for this from now on."""
-        self._record(tensor, category).category = category
-
-    def _charge(self, tree: Any, category: str) -> None:
-        for one in tree if isinstance(tree, tuple | list) else (tree,):
-            if isinstance(one, torch.Tensor):
-                self._record(one, category)
-            elif isinstance(one, tuple | list):
-                self._charge(one, category)
-
-    def _record(self, tensor: Any, category: str) -> Record:
-        storage = tensor.untyped_storage()
-        record = self.ledger.records.get(storage._cdata)
-        if record is None:
-            return self.ledger.charge(storage, tensor, category)
-        if record.num_bytes < storage.nbytes():
-            self.ledger.resize(record, storage.nbytes())
-        return record
 
 
 class FakeTraining:
@@ -130,9 +74,9 @@ class FakeTraining:
     def __enter__(self) -> FakeTraining:
         self._mode = fake_mode()
         self.values = Values(self._mode)
-        self.ledger = _Blocks(as_cuda.GRANULARITY if self.like == "cuda" else 1)
+        self.ledger = Blocks(as_cuda.GRANULARITY if self.like == "cuda" else 1)
         self._manners = FakeManners(self.values)
-        self._accounting = _Accounting(self.ledger, self.values)
+        self._accounting = FakeAccounting(self.ledger, self.values)
         with self._stack:
             self._remembered = self._stack.enter_context(leaving_no_trace(vars(self.case).values()))
             if self.like == "cuda":
@@ -181,7 +125,7 @@ class FakeTraining:
             )
         if not all(is_fake(parameter) for parameter in model.parameters()):
             self._remembered.add([model])  # it may be somebody's own
-        _make_fake(self._mode, model)
+        make_fake(self._mode, model)
         model = model if model.training else model.train()
         if self.checkpointing:
             if self.case.set_checkpointing is None:
@@ -190,7 +134,7 @@ class FakeTraining:
                     "or predict without checkpointing"
                 )
             self.case.set_checkpointing(model, None)
-        self.model = _as_if_wrapped(model)
+        self.model = as_if_wrapped(model)
         self._accounting.owners.adopt(self.model)
         self._doing = "building the optimizer"
         self.optimizer = self.case.optimizer(self.model)
@@ -280,48 +224,3 @@ class FakeTraining:
             f"case {self.case.name!r} cannot be predicted: {self._doing} on fake tensors ended with {what}"
             f"{f' at {where}' if where else ''}; measure it instead (find-batch without --capacity)"
         )
-
-
-def _is_in_place_for_real(func: Any) -> bool:
-    """Whether autograd, in backward, writes this operation's result into its first operand.
-
-    It asks whether a tensor is of a subclass (``isTensorSubclassLike`` in torch/csrc/autograd), fake ones
-    are, and then makes a new one; the operand is freed before the next operation.
-    """
-    in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
-    return in_backward and func.__name__.split(".")[0] in _IN_PLACE_IN_BACKWARD
-
-
-def _make_fake(mode: Any, model: torch.nn.Module) -> None:
-    """Weights that came for real (from a file, from numpy, on a GPU) are exchanged for fake ones."""
-    twins: dict[int, Any] = {}  # tied weights stay tied
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and not is_fake(tensor):
-                    if id(tensor) not in twins:
-                        twins[id(tensor)] = _twin(mode, tensor)
-                    held[name] = twins[id(tensor)]
-
-
-def _twin(mode: Any, tensor: Any) -> Any:
-    if tensor.device.type == "cpu":
-        return as_fake(mode, tensor)
-    with mode:
-        twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        if isinstance(tensor, torch.nn.Parameter):
-            return torch.nn.Parameter(twin, requires_grad=tensor.requires_grad)
-    return twin
-
-
-def _as_if_wrapped(model: Any) -> Any:
-    """A step written for DistributedDataParallel finds ``.module`` and ``.no_sync()``."""
-    for name, value in (
-        ("module", model),
-        ("no_sync", contextlib.nullcontext),
-        ("join", contextlib.nullcontext),
-    ):
-        if not hasattr(model, name):
-            with contextlib.suppress(AttributeError, TypeError):
-                object.__setattr__(model, name, value)
-    return model
