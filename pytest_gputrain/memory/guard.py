@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -20,9 +18,11 @@ from pytest_gputrain.memory import categories
 from pytest_gputrain.memory.capacity import known_device
 from pytest_gputrain.memory.clean import release
 from pytest_gputrain.memory.errors import OutOfMemory, translated
+from pytest_gputrain.memory.large import Large
 from pytest_gputrain.memory.ledger import Record
 from pytest_gputrain.memory.left import Left, what_is_left
-from pytest_gputrain.memory.lines import location, without_ours
+from pytest_gputrain.memory.lines import without_ours
+from pytest_gputrain.memory.meter import meter_of
 from pytest_gputrain.memory.oom import is_oom
 from pytest_gputrain.values import format_size, parse_limit
 
@@ -30,44 +30,6 @@ from pytest_gputrain.values import format_size, parse_limit
 _LARGEST, _SHOWN = 10, 3
 # Finding out who holds something takes a second: not worth it for a loss that was kept.
 _WORTH_TELLING = 2**20
-
-
-class Meter(Protocol):
-    """How memory of one device is measured and limited."""
-
-    device: torch.device
-
-    def start(self, roots: Sequence[Any]) -> None: ...
-    def stop(self, *, drop_gradients: bool) -> None: ...
-    def note_every_line(self) -> None: ...
-    def uncounted(self) -> AbstractContextManager[None]: ...
-    @property
-    def in_use(self) -> int: ...
-    @property
-    def made_bytes(self) -> int: ...
-    @property
-    def peak_bytes(self) -> int: ...
-    def by_category(self) -> dict[str, int]: ...
-    def by_category_at_peak(self) -> dict[str, int]: ...
-    def at_peak(self) -> list[Record]: ...
-    def made_here(self) -> list[Record]: ...
-    def notes(self) -> list[str]: ...
-    def strangers(self) -> set[str]: ...
-
-
-@dataclass(frozen=True)
-class Large:
-    """One of the largest tensors at the peak; ``location``: the user's line, None if it was there before."""
-
-    num_bytes: int
-    category: str
-    shape: tuple[int, ...]
-    dtype: str
-    location: str | None
-
-    def __str__(self) -> str:
-        made = f"made at {self.location}" if self.location else "there before the block, or small"
-        return f"{format_size(self.num_bytes)} {self.category} {self.dtype}{[*self.shape]}, {made}"
 
 
 class OomGuard:
@@ -95,7 +57,7 @@ class OomGuard:
         self._given = device
         alone = isinstance(roots, torch.nn.Module) or hasattr(roots, "param_groups")
         self._roots = (roots,) if alone else tuple(roots)
-        self._meter = _meter(self.limit, self._default_device() if device is None else known_device(device))
+        self._meter = meter_of(self.limit, self._default_device() if device is None else known_device(device))
         self._is_active = False
         self._no_verdict = "the block has not run yet"
         self._peak: tuple[int, dict[str, int], tuple[Large, ...]] | None = None
@@ -105,7 +67,7 @@ class OomGuard:
             raise RuntimeError(
                 "this oom_guard is in use already; a block within its block needs one of its own"
             )
-        self._meter = _meter(self.limit, self._meter.device)
+        self._meter = meter_of(self.limit, self._meter.device)
         self.oom, self._no_verdict, self._peak = None, "the block has not ended yet", None
         try:
             self._meter.start(self._roots)
@@ -126,7 +88,7 @@ class OomGuard:
         self._peak = (
             self._meter.peak_bytes,
             self._meter.by_category_at_peak(),
-            tuple(_large(record) for record in largest),
+            tuple(Large.of(record) for record in largest),
         )
         if error is not None and not ran_out:
             self._no_verdict = f"the block ended with {type(error).__name__}"
@@ -256,19 +218,3 @@ class OomGuard:
             return error
         meter = self._meter
         return translated(error, meter.in_use, self.limit, str(meter.device), meter.by_category())
-
-
-def _meter(limit: int | None, device: torch.device) -> Meter:
-    if device.type == "cpu":
-        from pytest_gputrain.memory.on_cpu import CpuMeter
-
-        return CpuMeter(limit)
-    from pytest_gputrain.memory.on_cuda import CudaMeter
-
-    return CudaMeter(limit, device)
-
-
-def _large(record: Record) -> Large:
-    shape, dtype = record.shape
-    where = location(record.lines) if record.lines else None
-    return Large(record.num_bytes, record.category, shape, str(dtype).removeprefix("torch."), where)
