@@ -1,8 +1,7 @@
-"""The body of ``accumulation_parity``, in a rank of its own."""
+"""Windows of one lab against the full batch: what each should give, and what is wrong where it does not."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.case.loading import describe
 from pytest_gputrain.checks.accumulation_lab import TINY, Lab
-from pytest_gputrain.checks.accumulation_plan import Plan, Trial, is_finite, names_of, plain, plan, shares
+from pytest_gputrain.checks.accumulation_plan import Plan, Trial, names_of, plain, plan, shares
+from pytest_gputrain.checks.accumulation_runs import run_window
 from pytest_gputrain.checks.accumulation_sums import Gap, Tolerance, gap, joined, norm, sizes, weights_in
 from pytest_gputrain.checks.accumulation_window import Gradients, Window
 from pytest_gputrain.checks.accumulation_words import SAME, Weights, words
@@ -20,57 +20,6 @@ from pytest_gputrain.checks.result import CheckFailed, CheckSkipped, Figures
 THIRD = 1.0 / 3.0  # no power of two: every product with it rounds
 # What the same run may differ by from itself; beyond that nothing can be judged.
 NOT_REPEATABLE = 0.05
-SEEDS = 4  # a coin of a few sides may fall alike
-NO_ACCUMULATION = (
-    "the step takes the first micro-batch that it is given and never looks for more: it does not accumulate"
-)
-ONE_ONLY = "the step takes one micro-batch and refuses more, so it does not accumulate"
-
-
-def judge(case: TrainingCase, ctx: CheckContext) -> Figures:
-    """Raises CheckFailed for gradients that are not those of the full batch."""
-    from pytest_gputrain.checks.accumulation_native import compare_native
-
-    lab = best_lab(case, ctx)
-    training = Judge(case, ctx, lab)
-    training.judge()
-    notes = training.notes
-    if training.mixing:
-        notes.append(_cause(training))
-        quiet = _quiet(case, ctx, lab, notes)
-        if quiet is not None and quiet.mixing:
-            notes.append("in eval mode too, pieces of a batch give other gradients than the whole")
-    figures = training.figures()
-    if lab.double and not training.mixing and training.own_full is not None:
-        figures.update(compare_native(case, ctx, training))
-    return {**figures, "notes": list(dict.fromkeys(notes))}
-
-
-def best_lab(case: TrainingCase, ctx: CheckContext, *, quiet: bool = False) -> Lab:
-    """In float64 if loss and step run in it, else as the case is."""
-    try:
-        lab = Lab(case, ctx, double=True, quiet=quiet)
-        batch = lab.batch(ctx.batch_size)
-        if is_finite(lab.window([batch]).gradients):
-            with contextlib.suppress(TypeError):  # a loss that does not fit the model is not the step's
-                lab.own([batch])
-            return lab
-    except Exception:  # whatever it is, the case's own precision will tell it
-        pass
-    return Lab(case, ctx, double=False, quiet=quiet)
-
-
-def _quiet(case: TrainingCase, ctx: CheckContext, lab: Lab, notes: list[str]) -> Judge | None:
-    try:
-        judge = Judge(case, ctx, Lab(case, ctx, double=lab.double, quiet=True))
-        judge.judge()
-    except CheckFailed as error:
-        raise CheckFailed(f"{error.message}\n  in eval mode, without which it could not be seen") from None
-    except Exception as error:
-        notes.append(f"not compared in eval mode: {describe(error)}")
-        return None
-    notes.append("in eval mode the pieces were compared with the whole")
-    return judge
 
 
 @dataclass
@@ -275,48 +224,3 @@ class Judge:
         from pytest_gputrain.trace.names import owners
 
         return owners(self.lab.model())
-
-
-def run_window(lab: Lab, parts: Sequence[Any], factor: float) -> Window:
-    """Raises CheckSkipped for a step that takes one micro-batch, CheckFailed where it cannot take several."""
-    try:
-        window = lab.window(parts, factor)
-    except Exception as error:
-        refuses = isinstance(error, AssertionError | NotImplementedError) or "to unpack" in str(error)
-        if refuses and len(parts) > 1:
-            raise CheckSkipped(f"{ONE_ONLY}: {describe(error)}") from None
-        raise CheckFailed(f"the step raises on {len(parts)} micro-batches: {describe(error)}") from None
-    if not window.asked and len(parts) > 1:
-        raise CheckSkipped(NO_ACCUMULATION)
-    return window
-
-
-def _cause(judge: Judge) -> str:
-    """Why pieces of a batch rightly give other gradients than the whole."""
-    modules = list(judge.lab.model().modules())
-    found = []
-    if any("BatchNorm" in type(module).__name__ for module in modules):
-        found.append("BatchNorm normalises each micro-batch by its own statistics")
-    if any("Dropout" in type(module).__name__ and getattr(module, "p", 1) for module in modules):
-        found.append("dropout draws another mask for each micro-batch")
-    if not found and _is_random(judge):
-        found.append("the model draws random numbers (router noise, stochastic depth, dropout)")
-    if not found:
-        found.append(
-            "samples of a batch depend on each other (a contrastive loss, expert capacity, an "
-            "auxiliary loss over "
-            "the batch, a buffer that forward writes)"
-        )
-    return (
-        f"micro-batches rightly give other gradients than the full batch: {' and '.join(found)}; "
-        "compared with "
-        "what each gives alone"
-    )
-
-
-def _is_random(judge: Judge) -> bool:
-    try:
-        first, *others = (judge.lab.own([judge.plan.full], draw=draw)[0][0] for draw in range(SEEDS))
-    except Exception:
-        return False
-    return any(not gap(other, first, judge.tolerance, {}).closed for other in others)

@@ -9,9 +9,9 @@ from typing import Any
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.case.loading import describe
-from pytest_gputrain.checks.accumulation_judge import best_lab, run_window
 from pytest_gputrain.checks.accumulation_lab import HUGE, TINY, Lab
 from pytest_gputrain.checks.accumulation_plan import Plan, Trial, plan, shares
+from pytest_gputrain.checks.accumulation_runs import best_lab, run_window
 from pytest_gputrain.checks.accumulation_sums import Tolerance, gap, weights_in
 from pytest_gputrain.checks.accumulation_window import Window
 from pytest_gputrain.checks.accumulation_words import ROUNDINGS, UNEXPLAINED, missing_words

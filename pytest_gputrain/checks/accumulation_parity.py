@@ -21,7 +21,7 @@ from pytest_gputrain.checks.result import Figures
 @check("accumulation_parity", subject="accumulation")
 def check_accumulation_parity(case: TrainingCase, ctx: CheckContext) -> Figures:
     """Fails when the gradients of A micro-batches are not those of the full batch."""
-    from pytest_gputrain.checks.accumulation_judge import judge
+    from pytest_gputrain.checks.accumulation_modes import judge
 
     figures: Figures = alone(judge, case, ctx, doing="stepping over micro-batches in one process")
     return figures
