@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,16 +72,25 @@ def _loaded(path: Path) -> Any:
     import torch
 
     try:
-        try:  # tensors stay on the disk
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a pickle's protocol; what is wrong is said below
+            try:  # tensors stay on the disk
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format before torch 1.6 cannot be mapped
+                return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises several types for files that it did not write
-        said = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         raise SweepError(
-            f"--checkpoint {path}: torch cannot read it with weights_only=True ({said}); "
-            "save state dicts and plain values with torch.save"
+            f"--checkpoint {path}: {_why_not(error)}; save state dicts and plain values with torch.save"
         ) from None
+
+
+def _why_not(error: Exception) -> str:
+    """In our words: torch's are many lines, and advise to run what the file holds."""
+    if isinstance(error, MemoryError):
+        return "it does not fit in this machine's memory"
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it holds {found[1]}, which torch does not load with weights_only=True"
+    return "torch.save did not write it, or it is cut short"
 
 
 def _values(content: Any, depth: int = _DEPTH) -> Iterator[Any]:

@@ -18,10 +18,14 @@ NEAR = 1e-3
 
 @dataclass(frozen=True)
 class Observed:
-    """What the rank's optimizers really did, traced. rates: the highest of each group; empty: none seen."""
+    """What the rank's optimizers really did, traced. rates: the highest of each group; empty: none seen.
+
+    most_steps: of any optimizer, where they step unequally often.
+    """
 
     steps: int | None
     rates: tuple[float, ...]
+    most_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ def observed_of(optimizers: Iterable[Mapping[str, Any]]) -> Observed:
         return Observed(None, ())
     steps = int(seen[-1]["steps"])
     trained = [one for one in seen if int(one["steps"]) == steps]
-    return Observed(steps, tuple(float(group["highest"]) for one in trained for group in one["groups"]))
+    rates = tuple(float(group["highest"]) for one in trained for group in one["groups"])
+    return Observed(steps, rates, max(int(one["steps"]) for one in seen))
 
 
 def rates_of(observed: Observed, reported: Reported) -> tuple[float, ...]:
@@ -65,9 +70,10 @@ def wrong(
     """
     return (
         _wrong_rate(values, rates_of(observed, reported), checkpoint_rates, others)
-        or _wrong_steps(values, observed)
+        or _too_many_steps(values, observed)
         or _wrong_batch(values, reported)
         or _wrong_tokens(values, reported)
+        or _too_few_steps(values, observed, reported)
     )
 
 
@@ -114,13 +120,30 @@ def _wrong_rate(
     return None
 
 
-def _wrong_steps(values: Mapping[str, Any], observed: Observed) -> str | None:
+def _too_many_steps(values: Mapping[str, Any], observed: Observed) -> str | None:
     planned = values["num_steps"]
     if observed.steps is None or observed.steps <= planned:
         return None
     micro = (planned - 1) * values["accumulation_steps"] + values["last_step_accumulation_steps"]
     why = "one per micro-batch, so the batch was not accumulated" if observed.steps == micro else "too many"
     return f"{observed.steps} optimizer steps, planned are {planned}: {why}"
+
+
+def _too_few_steps(values: Mapping[str, Any], observed: Observed, reported: Reported) -> str | None:
+    """All tokens in half of the steps: a batch of twice the target, or more.
+
+    Where fewer are missing it is a note: a GradScaler skips some. Of 3 steps, one must not be too many.
+    """
+    planned, tokens = values["num_steps"], values["tokens"]
+    if observed.steps is None or reported.tokens != tokens:  # it may have ended early
+        return None
+    steps = max(observed.steps, observed.most_steps)
+    if 2 * steps > planned + (planned > 3):  # an odd number at twice the batch is one more than half
+        return None
+    return (
+        f"{steps} optimizer steps for all {tokens:,} tokens, planned are {planned}: too few, so the batch "
+        "was larger than the target, or steps were skipped"
+    )
 
 
 def _wrong_batch(values: Mapping[str, Any], reported: Reported) -> str | None:

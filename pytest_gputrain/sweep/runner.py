@@ -79,11 +79,17 @@ def done_before(prepared: Prepared) -> dict[int, BranchResult]:
     """Branches that an earlier run has done: PASSED with the same configuration, checkpoint and command."""
     if prepared.asked.rerun:
         return {}
+    found = _passed(prepared)
+    return {branch.k: found[branch.k] for branch in prepared.branches if branch.k in found}
+
+
+def _passed(prepared: Prepared) -> dict[int, BranchResult]:
+    """What is in the file of all planned branches, by whichever runner: PASSED, with what they have now."""
     found = {entry.k: entry for entry in _file(prepared).read() if entry.success}
     same = (prepared.checkpoint.sha256, prepared.command_text)
     return {
         branch.k: found[branch.k]
-        for branch in prepared.branches
+        for branch in prepared.manifest
         if branch.k in found and found[branch.k].is_of(branch.sha256, *same)
     }
 
@@ -183,7 +189,7 @@ class _Sweep:
             return blank(self._prepared, branch, "SKIPPED", self._stop)
         self._tell(f"{branch.name}: started, log in {self._prepared.log(branch)}")
         try:
-            outcome = run_branch(self._prepared, branch, self._cancel.is_set, self._rates)
+            outcome = run_branch(self._prepared, branch, self._cancel.is_set, lambda: self._rates(branch))
         except Exception as error:  # a defect of ours must not take the other branches along
             outcome = blank(self._prepared, branch, "FAILED", f"{type(error).__name__}: {error}")
         if self._stop is None and not self._prepared.checkpoint.is_unchanged():
@@ -195,12 +201,15 @@ class _Sweep:
                 return dataclasses.replace(outcome, success=False, verdict="FAILED", message=self._stop)
         return outcome
 
-    def _rates(self) -> list[Rate]:
+    def _rates(self, branch: PlannedBranch) -> list[Rate]:
+        """Of the other branches; those of other runners too, as in an array with one branch a task."""
         with self._lock:
+            known = {**_passed(self._prepared), **self._results}
             return [
                 Rate(entry.k, entry.planned_learning_rate, entry.learning_rate)
-                for entry in self._results.values()
+                for entry in known.values()
                 if entry.success
+                and entry.k != branch.k
                 and entry.learning_rate is not None
                 and entry.planned_learning_rate is not None
             ]

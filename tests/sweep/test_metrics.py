@@ -80,7 +80,7 @@ def optimizer(steps: int, last_at: int, *highest: float) -> dict[str, Any]:
 
 def test_of_several_optimizers_those_count_that_step_to_the_end() -> None:
     probes, one, other = optimizer(9, 9, 0.5), optimizer(4, 16, 0.1), optimizer(4, 17, 0.2, 0.3)
-    assert observed_of([probes, one, other]) == Observed(4, (0.1, 0.2, 0.3))
+    assert observed_of([probes, one, other]) == Observed(4, (0.1, 0.2, 0.3), 9)
     assert observed_of([]) == Observed(None, ())
 
 
@@ -113,6 +113,18 @@ def test_fewer_steps_or_another_rate_are_notes() -> None:
         "the highest rate was 0.003, planned is 0.004",
         "3 optimizer steps, planned are 4",
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "planned", "wrong_ones"),
+    [(4, 8, True), (5, 8, False), (16, 31, True), (2, 3, False), (1, 2, True), (1, 1, False)],
+)
+def test_half_of_the_steps_for_all_tokens(steps: int, planned: int, wrong_ones: bool) -> None:
+    values = {**VALUES, "num_steps": planned}
+    found = wrong(values, Observed(steps, ()), Reported(tokens=248), (), [])
+    assert (found or "").startswith(f"{steps} optimizer steps for all 248 tokens") == wrong_ones
+    assert wrong(values, Observed(steps, ()), Reported(), (), []) is None  # it may have ended early
+    assert wrong(values, Observed(steps, (), planned), Reported(tokens=248), (), []) is None  # as of a GAN
 
 
 def test_what_is_reported_stands_in_for_what_was_not_seen() -> None:

@@ -118,6 +118,8 @@ MESSAGES = {
     "token_overshoot": "token overshoot: it saw 256, every branch has to see 248 (4 steps, the last of 7",
     "too_few_tokens": "too few tokens: it saw 240, every branch has to see 248",
     "batch_not_target": "effective batch is 4 sequences a step, planned are 8",
+    "batch_twice_the_target": "2 optimizer steps for all 248 tokens, planned are 4: too few, so the batch "
+    "was larger than the target, or steps were skipped",
     "step_per_micro_step": "8 optimizer steps, planned are 4: one per micro-batch",
 }
 
@@ -130,6 +132,17 @@ def test_a_branch_that_is_not_what_was_planned(planned: Plan, checkpoint: Path, 
     bad = result.results[-1]
     assert (bad.verdict, bad.success, bad.exit_code) == ("FAILED", False, 0)
     assert bad.message.startswith(MESSAGES[defect])
+
+
+def test_a_rate_that_another_runner_of_the_sweep_trained_at_too(planned: Plan, checkpoint: Path) -> None:
+    """As in an array: one process a branch, one results folder."""
+    folder = planned(1, 4)
+    assert run(folder, checkpoint, "--defect=rate_ignored", k_values=[1]).passed  # nothing to compare with
+    bad = run(folder, checkpoint, "--defect=rate_ignored", k_values=[4]).results[0]
+    assert bad.verdict == "FAILED"
+    assert bad.message.startswith(MESSAGES["rate_ignored"])
+    alone = run(folder, checkpoint, "--defect=rate_ignored", k_values=[1], rerun=True)
+    assert alone.passed and not alone.results[0].resumed  # it is not compared with itself
 
 
 @pytest.mark.parametrize(

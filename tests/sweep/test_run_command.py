@@ -43,13 +43,15 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def foreign(path: Path) -> str:
     path.write_bytes(b"not a checkpoint")
-    return "torch cannot read it with weights_only=True ("
+    return (
+        "torch.save did not write it, or it is cut short; save state dicts and plain values with torch.save"
+    )
 
 
 def code(path: Path) -> str:
     """Would run something when it is loaded as a pickle."""
-    path.write_bytes(pickle.dumps(os.system))
-    return "torch cannot read it with weights_only=True ("
+    path.write_bytes(pickle.dumps(os.system, protocol=2))
+    return "it holds posix.system, which torch does not load with weights_only=True; save state dicts and "
 
 
 def empty(path: Path) -> str:

@@ -26,6 +26,7 @@ DEFECTS = (
     "token_overshoot",
     "too_few_tokens",
     "batch_not_target",
+    "batch_twice_the_target",
     "step_per_micro_step",
     "changes_checkpoint",
     "raises",
@@ -51,10 +52,21 @@ def main() -> None:
     Branch(config, given.checkpoint, given.metrics, defect, given.manner).train()
 
 
+def at_twice_the_batch(config: dict[str, Any]) -> dict[str, Any]:
+    """The same sequences in half of the steps, as with an accumulation that is twice as long."""
+    size = 2 * config["total_batch_size"]
+    sequences = config["tokens"] // config["block_size"]
+    steps = math.ceil(sequences / size)
+    last = sequences - (steps - 1) * size
+    return {**config, "total_batch_size": size, "num_steps": steps, "last_step_sequences": last}
+
+
 class Branch:
     def __init__(
         self, config: dict[str, Any], checkpoint: Path, metrics: Path, defect: str | None, manner: str | None
     ) -> None:
+        if defect == "batch_twice_the_target":
+            config = at_twice_the_batch(config)
         self.config, self.metrics, self.defect, self.manner = config, metrics, defect, manner
         self.checkpoint = checkpoint
         self.model = nn.Linear(4, 4)
@@ -94,7 +106,8 @@ class Branch:
                 print(f"step {step}/{self.config['num_steps']} | loss {loss:.6f} | lr {rate:.3e}")
         final = math.nan if self.manner == "diverges" else loss
         size = self.config["total_batch_size"] // (2 if self.defect == "batch_not_target" else 1)
-        lines.append({"final_loss": final, "tokens": self.seen, "total_batch_size": size})
+        told = {} if self.defect == "batch_twice_the_target" else {"total_batch_size": size}
+        lines.append({"final_loss": final, "tokens": self.seen, **told})
         if self.manner not in ("says_nothing", "prints_only"):
             file = open(self.metrics, "w")  # noqa: SIM115 - left open, as many scripts do
             file.write("".join(json.dumps(line) + "\n" for line in lines))
