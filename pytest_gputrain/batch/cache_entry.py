@@ -53,11 +53,16 @@ class Entry:
         }
         return {**found, **self.peaks}
 
-    def must_be_confirmed(self, free_bytes: int, limit: float) -> bool:
-        """Whether an answer from here needs one probe: less is free than when it was measured, and less
-        than the limit that it was chosen for. (Where as much as the limit is free, the answer fits.)
+    def must_be_confirmed(self, free_bytes: int, limit: float, slack: float | None) -> bool:
+        """Whether an answer from here needs one probe: less is free than when it was measured.
+
+        Less by more than the fraction ``slack`` of it; any less where not even the limit is free. ``slack``
+        None: only the latter counts, as what is free beside the limit has no say.
         """
-        return free_bytes < self.free_bytes and free_bytes < limit
+        if free_bytes >= self.free_bytes:
+            return False
+        scarcer = slack is not None and free_bytes < self.free_bytes * (1 - slack)
+        return scarcer or free_bytes < limit
 
     def merged(self, newer: Entry) -> Entry:
         """Both together, the newer's word first; capacity and free memory are the newer's."""

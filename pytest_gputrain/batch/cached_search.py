@@ -22,14 +22,38 @@ Known = Mapping[int, "float | None"]
 Search = Callable[[Probe, Known], "SearchResult"]
 
 
+# How much less than at the measurement may be free before an answer is run again. Free memory is never twice
+# the same: on a host, caches, other processes' comings and goings and this one's own imports move it by some
+# per cent; on a GPU, the kernels and handles that libraries load on first use take some hundred MB. Both are
+# less than the usual safety margin leaves.
+HOST_SLACK = 0.05
+GPU_SLACK = 0.01
+
+
 @dataclass(frozen=True)
 class Measures:
-    """In bytes: what may be used, of what capacity, and what is free. ``is_real``: no given capacity."""
+    """In bytes: what may be used, of what capacity, and what is free.
+
+    ``accounted``: on a CPU with a given capacity. Then tensors are counted, whatever the host has free.
+    """
 
     limit: int
     capacity: int
     free: int
-    is_real: bool
+    on_gpu: bool
+    accounted: bool
+
+    @property
+    def slack(self) -> float | None:
+        """As ``Entry.must_be_confirmed`` takes it."""
+        if self.accounted:
+            return None
+        return GPU_SLACK if self.on_gpu else HOST_SLACK
+
+    @property
+    def within(self) -> int:
+        """What a probe that ran out could have had: the limit, or what was free where that is less."""
+        return self.limit if self.accounted else min(self.limit, self.free)
 
 
 @dataclass(frozen=True)
@@ -50,49 +74,77 @@ def search_through(
     cache: BatchCache, key: Mapping[str, Any], search: Search, probe: Probe, measures: Measures
 ) -> Found:
     """The answer by the cache; what had to be measured is stored."""
-    if found := _looked_up(cache.load(key), search, probe, measures):
+    attempt = _Attempt(search, probe, measures)
+    if found := attempt.looked_up(cache.load(key)):
         return replace(found, key=key)
     with cache.lock(key):
         # Another process may have measured it while this one waited.
         entry = cache.load(key)
-        if found := _looked_up(entry, search, probe, measures):
+        if found := attempt.looked_up(entry):
             return replace(found, key=key)
-        known = _usable(entry, measures)
-        result = search(probe, known)
+        found = attempt.searched(entry)
+        probes = [*attempt.refuting.items(), *found.result.probes]
         measured = Entry.measured(
-            result.probes, limit=measures.limit, capacity=measures.capacity, free_bytes=measures.free
+            probes, limit=measures.within, capacity=measures.capacity, free_bytes=measures.free
         )
-        cache.store(key, entry.merged(measured) if entry else measured)
-    return Found(result, known, from_cache=False, key=key)
+        # Where one answer of an entry did not hold, the rest of it does not count either.
+        cache.store(key, entry.merged(measured) if entry and not attempt.refuting else measured)
+    return replace(found, key=key)
 
 
-def _looked_up(entry: Entry | None, search: Search, probe: Probe, measures: Measures) -> Found | None:
-    """None where what is known is not enough, or does not hold any more."""
-    if entry is None:
-        return None
+class _Attempt:
+    """``refuting``: empty, or what was run now and showed that an entry does not hold any more."""
 
-    def refuse(batch_size: int) -> float | None:
-        raise _NotKnown
+    def __init__(self, search: Search, probe: Probe, measures: Measures) -> None:
+        self._search, self._probe, self._measures = search, probe, measures
+        self._refuted: Entry | None = None
+        self.refuting: dict[int, float | None] = {}
 
-    known = entry.known(measures.limit)
-    try:
-        result = search(refuse, known)
-    except _NotKnown:
-        return None
-    if not result.size:  # measured once more, so that the failure can say what memory was for
-        return None
-    if measures.is_real and entry.must_be_confirmed(measures.free, measures.limit):
-        peak = probe(result.size)
-        if peak is None or peak > measures.limit:
+    def looked_up(self, entry: Entry | None) -> Found | None:
+        """The answer of an entry, None where what it knows is not enough or does not hold any more."""
+        if entry is None or entry == self._refuted:
             return None
-    return Found(result, known, from_cache=True)
+        known = entry.known(self._measures.within)
+        try:
+            result = self._search(_unknown, known)
+        except _NotKnown:
+            return None
+        # Where nothing fits it is measured once more, so that the failure can say what memory was for.
+        if not result.size or not self._holds(result, entry):
+            return None
+        return Found(result, known, from_cache=True)
+
+    def searched(self, entry: Entry | None) -> Found:
+        """The answer by running what the entry does not know, or all where it does not hold any more."""
+        known: Known = self.refuting
+        if entry is not None and entry != self._refuted:
+            known = {**_usable(entry.known(self._measures.within)), **self.refuting}
+            result = self._search(self._probe, known)
+            if self._holds(result, entry):
+                return Found(result, known, from_cache=False)
+            known = self.refuting
+        return Found(self._search(self._probe, known), known, from_cache=False)
+
+    def _holds(self, result: SearchResult, entry: Entry) -> bool:
+        """Whether the answer does; it is run if it was not, and less is free than when it was measured."""
+        measures, probes = self._measures, dict(result.probes)
+        if not result.size or result.size in probes:
+            return True
+        if not entry.must_be_confirmed(measures.free, measures.limit, measures.slack):
+            return True
+        peak = self._probe(result.size)
+        if peak is not None and peak <= measures.limit:
+            return True
+        self._refuted, self.refuting = entry, {**self.refuting, **probes, result.size: peak}
+        return False
 
 
-def _usable(entry: Entry | None, measures: Measures) -> Known:
-    """What the search may take as run: nothing where less is free than when it was measured."""
-    if entry is None or (measures.is_real and entry.must_be_confirmed(measures.free, measures.limit)):
-        return {}
-    known = entry.known(measures.limit)
+def _unknown(batch_size: int) -> float | None:
+    raise _NotKnown
+
+
+def _usable(known: Known) -> Known:
+    """Nothing where nothing fitted: run once more, so that the failure can say what memory was for."""
     return known if any(peak is not None for peak in known.values()) else {}
 
 

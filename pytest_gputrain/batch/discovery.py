@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pytest_gputrain.batch.cache import BatchCache
     from pytest_gputrain.batch.cached_search import Known, Probe
     from pytest_gputrain.batch.probe import TrainingProbe
-    from pytest_gputrain.batch.probe_target import Target
+    from pytest_gputrain.batch.probe_target import Memory, Target
 
 _NEEDS_TWO = "Expected more than 1 value per channel when training"
 
@@ -103,7 +103,7 @@ def find_batch(
         target = target_of(case, model, optimizer, memory.device, conditions, world_size)
         if wanted(predict_first, predicted, memory.device.type, len(sizes)):
             predicted = Seed.of(target, share, world_size)
-        measures = _measures(memory.free, given, at_most, margin, target.reserved)
+        measures = _measures(memory, given, at_most, margin, target.reserved)
         search = _Search(least, most, multiple_of, divides, measures.limit, strategy, predicted, on_start)
         with _Runner(target, measures.limit, on_probe) as runner:
             if cache is None:
@@ -114,12 +114,15 @@ def find_batch(
     return _discovered(found, runner, measures, time.monotonic() - began)
 
 
-def _measures(free: int, given: int | None, at_most: int | None, margin: float, reserved: int) -> Measures:
-    capacity = free if given is None else given
+def _measures(
+    memory: Memory, given: int | None, at_most: int | None, margin: float, reserved: int
+) -> Measures:
+    capacity = memory.free if given is None else given
     if at_most is not None:
         capacity = min(capacity, at_most)
     limit = max(1, bounds.limit_in_bytes(capacity, margin) - reserved)
-    return Measures(limit, capacity, free, is_real=given is None)
+    on_gpu = memory.device.type == "cuda"
+    return Measures(limit, capacity, memory.free, on_gpu, accounted=given is not None and not on_gpu)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def legal_sizes(
     minimum, maximum = whole("minimum", minimum), whole("maximum", maximum)
     multiple_of = whole("multiple_of", multiple_of)
     if minimum > maximum:
-        raise ValueError(f"minimum {minimum} is above maximum {maximum}")
+        raise ValueError(f"minimum {minimum} is above maximum {maximum}; legal is 1 <= minimum <= maximum")
     if divides is None:
         first = -(-minimum // multiple_of) * multiple_of
         sizes: Sequence[int] = range(first, maximum + 1, multiple_of)

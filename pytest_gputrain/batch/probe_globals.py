@@ -55,9 +55,22 @@ def _generators() -> list[Callable[[], None]]:
     if torch.cuda.is_initialized():
         gpus = torch.cuda.get_rng_state_all()
         restore.append(lambda: torch.cuda.set_rng_state_all(gpus))
-    if numpy := sys.modules.get("numpy"):
-        state = numpy.random.get_state()
-        restore.append(lambda: numpy.random.set_state(state))
+    return [*restore, _numpy_generator()]
+
+
+def _numpy_generator() -> Callable[[], None]:
+    # Not ``numpy.random``: that would import it, in 40 ms, where nobody has drawn from it yet.
+    there = sys.modules.get("numpy.random")
+    state = there.get_state() if there is not None else None
+
+    def restore() -> None:
+        if (random_now := sys.modules.get("numpy.random")) is None:
+            return
+        if state is not None:
+            random_now.set_state(state)
+        else:  # imported meanwhile, and perhaps seeded: as a first import leaves it
+            random_now.seed()
+
     return restore
 
 

@@ -63,12 +63,22 @@ def test_merged_keeps_both_and_believes_the_newer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "limit", "asked"),
-    [(9 * GB, 8 * GB, False), (8.5 * GB, 8 * GB, False), (7 * GB, 8 * GB, True), (9 * GB, 9.5 * GB, False)],
-    ids=["as-much", "enough", "less", "no-less-than-then"],
+    ("free", "limit", "slack", "asked"),
+    [
+        (9 * GB, 8 * GB, 0.05, False),
+        (9 * GB, 9.5 * GB, 0.05, False),
+        (8.6 * GB, 8 * GB, 0.05, False),
+        (8.5 * GB, 8 * GB, 0.05, True),
+        (8.9 * GB, 8.95 * GB, 0.05, True),
+        (8.5 * GB, 8 * GB, None, False),
+        (7 * GB, 8 * GB, None, True),
+    ],
+    ids=["as-much", "no-less-than-then", "little-less", "less", "scarce", "counted", "counted-scarce"],
 )
-def test_an_answer_is_confirmed_where_memory_has_become_scarce(free: int, limit: int, asked: bool) -> None:
-    assert ENTRY.must_be_confirmed(free, limit) is asked
+def test_an_answer_is_confirmed_where_less_is_free(
+    free: int, limit: int, slack: float | None, asked: bool
+) -> None:
+    assert ENTRY.must_be_confirmed(free, limit, slack) is asked
 
 
 def damaged(document: dict[str, Any], name: str) -> Any:

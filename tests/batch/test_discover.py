@@ -14,7 +14,6 @@ from torch import nn
 
 from pytest_gputrain import OutOfMemory, choose_batch_size, discover_batch_size, find_batch
 from pytest_gputrain.batch import probe_target
-from pytest_gputrain.batch.cache import BatchCache
 from pytest_gputrain.batch.finder import BatchFinder
 from pytest_gputrain.memory.guard import OomGuard
 from pytest_gputrain.reference.gpt import gpt_case
@@ -131,25 +130,6 @@ def test_cache_by_lines(lines: Lines, tmp_path: Path) -> None:
     del lines[:]
     assert discover_batch_size(model, 16, "cpu", **asked) > first
     assert lines[0] == "Running auto-discovery on rank 0"
-
-
-def test_cached_size_is_confirmed_where_less_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One probe, no search, when free memory is lower than it was and than the limit."""
-    cache, case, probed = BatchCache(tmp_path), case_of(mlp, batch=wide), list[int]()
-
-    def told(size: int, peak: float | None, seconds: float) -> None:
-        probed.append(size)
-
-    def free(num_bytes: int) -> None:
-        monkeypatch.setattr(probe_target, "memory_of", lambda device: (num_bytes, 2**40))
-
-    free(2 * 10**6)
-    first = find_batch(case, cache=cache, max_batch_size=4096)
-    found = find_batch(case, cache=cache, max_batch_size=4096, on_probe=told)
-    assert (found.size, found.source, probed) == (first.size, "cache", [])
-    free(10**6)
-    assert find_batch(case, cache=cache, max_batch_size=4096, on_probe=told).size < first.size
-    assert probed
 
 
 def wide(batch_size: int, device: Any) -> torch.Tensor:

@@ -344,7 +344,7 @@ def test_a_peak_that_is_none(peak: object) -> None:
         ({"minimum": 0}, "minimum is 0; legal is a whole number of 1 or more"),
         ({"minimum": True}, "minimum is True; legal is a whole number of 1 or more"),
         ({"maximum": 2.5}, "maximum is 2.5; legal is a whole number of 1 or more"),
-        ({"minimum": 9}, "minimum 9 is above maximum 8"),
+        ({"minimum": 9}, "minimum 9 is above maximum 8; legal is 1 <= minimum <= maximum"),
         ({"multiple_of": -8}, "multiple_of is -8; legal is a whole number of 1 or more"),
         ({"divides": 0}, "divides is 0; legal is a whole number of 1 or more"),
         ({"capacity": 0}, "capacity is 0; legal is a number above 0, in the unit of the peaks"),
