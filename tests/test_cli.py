@@ -87,7 +87,12 @@ def code_of(arguments: list[str]) -> int:
             ["check", "mine:case", "--checks", "ddp_parity", "ddp_completes"],
             "gputrain check: unrecognized arguments: ddp_completes; --checks takes several as A,B; see ",
         ),
-        ([], "gputrain: the following arguments are required: COMMAND"),
+        (
+            [],
+            "gputrain: the following arguments are required: COMMAND "
+            "(one of check, find-batch, branches, diagnose, doctor); see gputrain --help\n",
+        ),
+        (["branches"], "gputrain branches: the following arguments are required: COMMAND (one of plan, run)"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

@@ -24,7 +24,14 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line: argparse would print the whole usage above it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(EXIT_USAGE, f"{self.prog}: {message}{self._commands(message)}; see {self.prog} --help\n")
+
+    def _commands(self, message: str) -> str:
+        """Where the subcommand is missing, which ones there are: argparse says only its metavar."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and message.endswith(f": {action.metavar}"):
+                return f" (one of {', '.join(action.choices)})"
+        return ""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Refuse here what is unknown: argparse leaves that of a subcommand to the main parser, which does

@@ -59,7 +59,9 @@ def _as_find_batch(options: argparse.Namespace, plan: BranchPlan) -> argparse.Na
     largest = max(branch.global_batch_size for branch in plan)
     words = [f"--global-batch={largest}", f"--world-size={plan.world_size}"]
     words += [f"--{name}={value}" for name in OPTIONS[1:] if (value := getattr(options, name)) is not None]
-    return parser.parse_args(["find-batch", *words, *(["--", options.case] if options.case else [])])
+    asked = parser.parse_args(["find-batch", *words, *(["--", options.case] if options.case else [])])
+    asked.block_size = options.block_size
+    return asked
 
 
 def _source(answer: Answer) -> str:

@@ -48,7 +48,7 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "predicted from fake tensors.",
         epilog="Exit codes: 0 found, 1 nothing fits or the case failed, 2 bad input, 130 interrupted.",
     )
-    parser.set_defaults(run=_find_batch)
+    parser.set_defaults(run=_find_batch, block_size=None)  # which `branches plan` knows
     add = parser.add_argument
     add("spec", nargs="?", metavar="MODULE:ATTR", help="the training case (default: GPUTRAIN_CASE)")
     add("--capacity", metavar="SIZE", help='memory to fit in, such as "80GB" (default: what is free)')

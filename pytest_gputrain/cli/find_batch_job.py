@@ -11,7 +11,10 @@ from pytest_gputrain.batch.ladder import legal_sizes
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """capacity: bytes, None for the device's own. cache: folder, None for none. progress: file of events."""
+    """capacity: bytes, None for the device's own. cache: folder, None for none. progress: file of events.
+
+    block_size: tokens of a sequence for which the answer is meant, None for whatever the case draws.
+    """
 
     spec: str
     predict: bool
@@ -30,6 +33,7 @@ class Request:
     checkpointing: bool
     cache: str | None
     progress: str
+    block_size: int | None = None
 
     @property
     def share(self) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ def work(request: Request) -> dict[str, Any]:
         raise
     finally:
         logger.removeHandler(told)
-    found["warnings"] = tuple(dict.fromkeys([*found["warnings"], *told.lines]))
+    own = [*_other_length(request, case), *told.lines]
+    found["warnings"] = tuple(dict.fromkeys([*found["warnings"], *own]))
     return {"case": case.name, "margin": request.margin, "minimum": request.minimum, **found}
 
 
@@ -52,6 +54,28 @@ def _one_case(spec: str) -> TrainingCase:
         names = ", ".join(case.name for case in cases)
         raise CaseError(f"{spec} is {len(cases)} cases ({names}); name one of them")
     return cases[0]
+
+
+def _other_length(request: Request, case: TrainingCase) -> Iterator[str]:
+    """A warning where sequences of the case are not as long as those that the answer is meant for.
+
+    Sequences: integers of shape (batch, tokens), one more of them where the case shifts them itself.
+    """
+    from pytest_gputrain.case import pytree
+
+    if request.block_size is None:
+        return
+    try:
+        batch = case.batch(request.minimum, "cpu" if request.predict else request.device)
+    except Exception:  # drawn without complaint until now: nothing to warn of
+        return
+    whole = [one for one in pytree.tensors(batch) if one.dim() == 2 and not one.is_floating_point()]
+    length = max((one.shape[1] for one in whole), default=None)
+    if length not in (None, request.block_size, request.block_size + 1):
+        yield (
+            f"the sequences of {case.name} are {length} tokens long, those of --block-size "
+            f"{request.block_size}, so another batch size may fit"
+        )
 
 
 def _measured(request: Request, case: TrainingCase) -> dict[str, Any]:

@@ -108,6 +108,7 @@ def checked_request(options: argparse.Namespace, place: Place, progress: Path) -
         checkpointing=options.checkpointing,
         cache=str(cache_folder(options.cache_dir)) if cached else None,
         progress=str(progress),
+        block_size=options.block_size,
     )
     return _checked_sizes(request)
 

@@ -137,8 +137,10 @@ from pytest_gputrain import TrainingCase
 net = TrainingCase(
     name="net",
     model=lambda: nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)),
-    batch=lambda batch_size, device: torch.randn(batch_size, 64, 64, device=device),
-    loss=lambda model, batch: model(batch).square().mean(),
+    batch=lambda size, device: (
+        torch.randn(size, 64, 64, device=device), torch.zeros(size, 64, dtype=torch.long, device=device)
+    ),
+    loss=lambda model, batch: model(batch[0]).square().mean(),
 )
 """
 
@@ -157,12 +159,16 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_limit_is_found_as_find_batch_finds_it(
     net: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert code_of([*ASKED, *net, "--k", "1", "4", "--capacity", "2MB"]) == 0
+    assert code_of([*ASKED, *net, "--k", "1", "4", "--capacity", "2MB", "--block-size", "32"]) == 0
     said, told = capsys.readouterr()
     manifest = read_manifest("configs")
     limit = manifest.base["max_device_batch"]
     assert 1 <= limit < 32
     assert f"device batch size {limit}: peak " in told and f"{limit + 1} ran out of memory" in told
+    assert (
+        "\n  warning: the sequences of net are 64 tokens long, those of --block-size 32, so another batch "
+        "size may fit\n"
+    ) in told
     source = "measured for the case net on cpu within 1.9 MiB"
     assert f"at most {limit} sequences on a device: {source}\n" in said
     assert manifest.base["max_device_batch_source"] == source
@@ -182,4 +188,5 @@ def test_nothing_is_planned_where_nothing_fits(
     said, told = capsys.readouterr()
     assert said == ""
     assert "net does not fit: batch size 1 runs out of memory" in told
+    assert "--block-size" not in told
     assert not (tmp_path / "configs").exists()

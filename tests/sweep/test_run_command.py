@@ -160,6 +160,48 @@ def test_a_folder_without_a_plan_and_a_script_that_is_not_there(
     )
 
 
+def test_a_branch_that_another_process_runs(
+    planned: Plan, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(1, 2)
+    results = plan / "results"
+    results.mkdir()
+    program = (
+        "import sys; from pathlib import Path; from pytest_gputrain.sweep.results import hold; "
+        "lock = hold(Path(sys.argv[1]), 'branch_k2'); print('held', flush=True); sys.stdin.read()"
+    )
+    given = [sys.executable, "-c", program, str(results)]
+    with subprocess.Popen(given, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        assert code_of(plan, "--checkpoint", checkpoint, "--", SCRIPT) == 2
+        other.communicate()  # closes its input, which ends it
+    assert capsys.readouterr().err == (
+        f"gputrain branches run: branch_k2 is being run by another process, with results in {results}; "
+        "wait for it, or give another --out\n"
+    )
+    assert not list(results.glob("branch_*"))
+
+
+def test_results_that_cannot_be_written_any_more(
+    planned: Plan, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The branch passes, the sweep does not. Who starts it again is told before anything runs."""
+    plan, script = planned(1), tmp_path / "in_the_way.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        "metrics = Path(sys.argv[sys.argv.index('--metrics') + 1])\n"
+        "(metrics.parent / 'sweep_results.json').mkdir()\n"
+    )
+    assert code_of(plan, "--checkpoint", checkpoint, "--", script) == 1
+    said = capsys.readouterr().out
+    path = plan / "results" / "sweep_results.json"
+    assert "branch_k1: PASSED" in said and "1 of 1 passed" in said
+    assert f"{path} cannot be written (Is a directory)\n" in said
+    assert sorted(entry.name for entry in path.parent.glob(".sweep_results.json.*")) == []
+    said = refusal(capsys, plan, "--checkpoint", checkpoint, "--", script)
+    assert said.startswith(f"{path.parent} cannot be written (sweep_results.json in it is a folder)")
+
+
 def test_a_dry_run_prints_commands_and_writes_nothing(
     planned: Plan, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +281,20 @@ def test_on_a_terminal_it_asks(planned: Plan, checkpoint: Path) -> None:
     os.close(ours)
     assert "start? [y/N]" in said and "nothing was started" in said
     assert not list(plan.glob("results/branch*"))
+
+
+def test_rerun_runs_what_has_passed(
+    planned: Plan, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, script = planned(1), tmp_path / "short.py"
+    script.write_text("print('step 1 loss 2.5')\n")
+    given = ["--checkpoint", checkpoint, "--", script]
+    said = []
+    for options in ([], [], ["--rerun"]):
+        assert code_of(plan, *options, *given) == 0
+        said.append(capsys.readouterr().out)
+    assert ["branch_k1: started" in text for text in said] == [True, False, True]
+    assert "branch_k1: done before" in said[1] and "(before)" not in said[2]
 
 
 def test_all_of_it_on_the_command_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,12 @@ from pathlib import Path
 import pytest
 
 from pytest_gputrain.cli import main
+from pytest_gputrain.devices import discover
 from pytest_gputrain.launch import LaunchCancelled
+from pytest_gputrain.sweep.command import Command
 from pytest_gputrain.sweep.gpus import Gpus
+from pytest_gputrain.sweep.prepare import Asked, prepare
+from pytest_gputrain.sweep.runner import run_prepared
 from tests.sweep.conftest import SCRIPT
 
 
@@ -42,6 +47,27 @@ def test_a_branch_that_waits_can_be_cancelled(tmp_path: Path) -> None:
         with pytest.raises(LaunchCancelled), gpus.held("branch_k2", cancelled.is_set):
             pytest.fail("all GPUs were held")
     with gpus.held("branch_k4", never) as again:
+        assert len(again) == 5
+
+
+@pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
+def test_a_branch_sees_the_gpu_that_it_holds(
+    planned: Callable[..., Path], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four of five are held by another: the branch gets the fifth, and gives it back."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    gpus, script = Gpus(1, tmp_path / "leases"), tmp_path / "visible.py"
+    gpus.prepare()
+    script.write_text("import os\nprint('sees', os.environ['CUDA_VISIBLE_DEVICES'], 'alone')\n")
+    asked = Asked(
+        folder=planned(1), checkpoint=checkpoint, command=Command(str(script), ("{config}", "{checkpoint}"))
+    )
+    with Gpus(4, tmp_path / "leases").held("another", never) as others:
+        result = run_prepared(dataclasses.replace(prepare(asked), gpus=gpus))
+    assert result.passed, result.results[0].message
+    (left,) = {gpu.uuid for gpu in discover().gpus} - {gpu.uuid for gpu in others}
+    assert f"sees {left} alone" in (result.path.parent / "branch_k1.log").read_text()
+    with Gpus(5, tmp_path / "leases").held("branch_k2", never) as again:
         assert len(again) == 5
 
 
