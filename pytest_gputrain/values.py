@@ -7,8 +7,8 @@ import re
 
 LEGAL_FLAG = "true or false"
 LEGAL_SECONDS = "a number of seconds above 0"
-# Training takes more.
-LEAST_WITHOUT_UNIT = 2**16
+# A step of the smallest model takes more. Less is a forgotten unit: capacity=80.
+LEAST_CAPACITY = 2**16
 LEGAL_SIZE = 'a size above 0 such as "80GB", "79.1GiB" or a number of bytes'
 
 TRUE = ("true", "1", "yes", "on")
@@ -65,9 +65,24 @@ def parse_size(size: str | float) -> int:
 def parse_limit(size: str | float) -> int:
     """Return ``size`` in bytes, as `parse_size`; as text "80" lacks its unit."""
     num_bytes = parse_size(size)
-    if isinstance(size, str) and num_bytes < LEAST_WITHOUT_UNIT and size.strip().isdigit():
+    if isinstance(size, str) and num_bytes < LEAST_CAPACITY and size.strip().isdigit():
         raise ValueError(f'{size!r} is {num_bytes} bytes; give the unit, such as "80GB" or "79.1GiB"')
     return num_bytes
+
+
+def capacity_in_bytes(capacity: str | float) -> int:
+    """Return a device's capacity in bytes. Raises ``ValueError`` for less than 64 KiB, a unit forgotten."""
+    __tracebackhide__ = True
+    try:
+        size = parse_size(capacity)
+    except ValueError as error:
+        raise ValueError(f"capacity: {error}") from None
+    if size < LEAST_CAPACITY:
+        raise ValueError(
+            f"capacity={capacity!r} is {format_size(size)}; legal is {format_size(LEAST_CAPACITY)} or more: "
+            'give the unit, such as "80GB" or "79.1GiB"'
+        )
+    return size
 
 
 def format_size(num_bytes: int) -> str:

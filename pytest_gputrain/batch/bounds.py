@@ -6,10 +6,6 @@ import math
 import numbers
 
 from pytest_gputrain.batch.ladder import whole
-from pytest_gputrain.values import format_size, parse_size
-
-# A step of the smallest model takes more. Less is a forgotten unit: capacity="80".
-LEAST_CAPACITY = 2**16
 
 
 def checked_margin(safety_margin: object) -> float:
@@ -32,20 +28,6 @@ def checked_range(min_batch_size: object, max_batch_size: object) -> tuple[int, 
             "legal is 1 <= min_batch_size <= max_batch_size"
         )
     return least, most
-
-
-def capacity_in_bytes(capacity: str | int) -> int:
-    """Return a capacity in bytes. Raises ``ValueError`` for less than 64 KiB, a unit forgotten."""
-    try:
-        size = parse_size(capacity)
-    except ValueError as error:
-        raise ValueError(f"capacity: {error}") from None
-    if size < LEAST_CAPACITY:
-        raise ValueError(
-            f"capacity={capacity!r} is {format_size(size)}; legal is {format_size(LEAST_CAPACITY)} or more: "
-            'give the unit, such as "80GB" or "79.1GiB"'
-        )
-    return size
 
 
 def limit_in_bytes(capacity: int, safety_margin: float) -> int:

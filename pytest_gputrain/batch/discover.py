@@ -20,6 +20,7 @@ from pytest_gputrain.batch.ladder import legal_sizes
 from pytest_gputrain.batch.language import language_case
 from pytest_gputrain.batch.search import checked_strategy
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.values import capacity_in_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ def discover_batch_size(
             "cache_key_components": [max_seq_len, cache_key_components],
         }
         if capacity is not None:
-            settings["capacity"] = bounds.capacity_in_bytes(capacity)
+            settings["capacity"] = capacity_in_bytes(capacity)
         return _Asked(
             case or language_case(_given(model), max_seq_len, vocab_size),
             settings,

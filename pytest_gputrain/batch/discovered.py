@@ -65,12 +65,12 @@ class Discovered:
     def too_large(self, name: str) -> str:
         """Why nothing fits, what memory is for, and the ways out; ``name``: the model's."""
         parts = sorted(self.by_category.items(), key=lambda part: -part[1])
-        shown = ", ".join(f"{what} {format_size(size)}" for what, size in parts if size) or "nothing yet"
+        shown = ", ".join(f"{what} {format_size(size)}" for what, size in parts if size) or "nothing"
         ways = WAYS_OUT.get(parts[0][0], "") if parts else ""
         return (
             f"{name} does not fit at batch size {self.smallest}; {self.failure}\n"
             f"  limit {format_size(self.limit)} of a capacity of {format_size(self.capacity)}; "
-            f"in use: {shown}\n"
+            f"in use before that: {shown}\n"
             f"  what helps: {ways or 'a smaller model'}; or more memory (capacity, safety_margin)"
         )
 

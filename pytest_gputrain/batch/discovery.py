@@ -19,7 +19,7 @@ from pytest_gputrain.batch.ladder import legal_sizes, whole
 from pytest_gputrain.batch.search import SearchResult, find_maximum
 from pytest_gputrain.batch.seed import Seed, wanted
 from pytest_gputrain.case import TrainingCase
-from pytest_gputrain.values import format_size
+from pytest_gputrain.values import capacity_in_bytes, format_size
 
 if TYPE_CHECKING:
     import torch
@@ -87,7 +87,7 @@ def find_batch(
         most, divides = min(most, share), None
     sizes = legal_sizes(least, most, multiple_of, divides)
     margin = bounds.checked_margin(safety_margin)
-    given = None if capacity is None else bounds.capacity_in_bytes(capacity)
+    given = None if capacity is None else capacity_in_bytes(capacity)
     bounds.checked_steps(iterations)
     factor = bounds.checked_factor(eval_batch_factor)
     if checkpointing and case.set_checkpointing is None:

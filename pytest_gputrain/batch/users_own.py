@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 _MARK = "_gputrain_users_own"
+_PACKAGE = f"{Path(__file__).resolve().parents[1]}/"
 
 
 @contextlib.contextmanager
@@ -22,3 +25,14 @@ def users_own() -> Iterator[None]:
 def is_users_own(error: BaseException) -> bool:
     """Whether it was raised by the user's code, or is about what the user asked for."""
     return isinstance(error, ValueError) or getattr(error, _MARK, False)
+
+
+def raised_by_user(error: BaseException) -> bool:
+    """Whether the user's code raised it: a bug to be shown with its traceback, even where it is a ValueError.
+
+    What this package refuses about a result of that code (a loss that is no scalar) is not the user's.
+    """
+    if not getattr(error, _MARK, False):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return not (frames and str(Path(frames[-1].filename).resolve()).startswith(_PACKAGE))

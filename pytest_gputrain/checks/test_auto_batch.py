@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_gputrain.batch.bounds import LEAST_CAPACITY
 from pytest_gputrain.checks.auto_batch_trials import MARGIN, STEPS, Subject, Trials
 from pytest_gputrain.checks.context import DEVICES
 from pytest_gputrain.checks.throughput import compare, write
@@ -23,7 +22,7 @@ from pytest_gputrain.launch import Verdict
 from pytest_gputrain.plugin.cases import cases_of
 from pytest_gputrain.plugin.markers import stability_plan
 from pytest_gputrain.plugin.settings import settings_of
-from pytest_gputrain.values import format_size
+from pytest_gputrain.values import LEAST_CAPACITY, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

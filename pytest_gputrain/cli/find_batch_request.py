@@ -72,7 +72,7 @@ def _gpu() -> Any:
 
 
 def _capacity(text: str | None) -> int | None:
-    from pytest_gputrain.batch.bounds import capacity_in_bytes
+    from pytest_gputrain.values import capacity_in_bytes
 
     try:
         return None if text is None else capacity_in_bytes(text)

@@ -14,7 +14,7 @@ from pytest_gputrain.memory import categories
 from pytest_gputrain.memory.fake_step import FakeTraining, Peak
 from pytest_gputrain.memory.fake_values import LARGEST_RESULT
 from pytest_gputrain.memory.prediction import ERROR_BARS, Law, MaximumPrediction, Prediction
-from pytest_gputrain.values import parse_limit
+from pytest_gputrain.values import capacity_in_bytes
 
 Device = Literal["cuda", "cpu"]
 
@@ -49,7 +49,7 @@ def predict_peak_memory(
     fake tensors cannot run the case, PredictionUnavailable where this torch has none.
     """
     predictor = _Predictor(case, device, checkpointing, accumulation_steps, world_size, compiled)
-    limit = None if capacity is None else parse_limit(capacity)
+    limit = None if capacity is None else capacity_in_bytes(capacity)
     _whole("batch_size", batch_size)
     with predictor:
         return predictor.predict(batch_size, limit)
@@ -72,7 +72,7 @@ def predict_maximum(
     The answer and the next size are both predicted, not extrapolated.
     """
     predictor = _Predictor(case, device, checkpointing, accumulation_steps, world_size, compiled)
-    limit = parse_limit(capacity)
+    limit = capacity_in_bytes(capacity)
     _whole("minimum", minimum)
     largest = LARGEST_ASKED if maximum is None else _whole("maximum", maximum)
     if largest < minimum:

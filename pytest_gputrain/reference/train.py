@@ -5,7 +5,7 @@
 
 It trains data parallel with gradient accumulation, clipping and a learning-rate schedule, in three stages
 (base, mid, sft), and finds its device batch size with `choose_batch_size`. It prints one line a step and a
-last line of JSON. Exit code 2: what was asked for cannot be; one line says what.
+last line of JSON. Exit code 2: what was asked for cannot be; 1: out of memory, say; one line says what.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pytest_gputrain.memory.guard import OomGuard
 from pytest_gputrain.reference.train_batch import Decision, decide, log_to_stdout
 from pytest_gputrain.reference.train_checkpoint import Checkpoint, check_writable, config_dict, load, save
 from pytest_gputrain.reference.train_config import checked
+from pytest_gputrain.reference.train_failure import tell_in_one_line
 from pytest_gputrain.reference.train_job import Job, job_of
 from pytest_gputrain.reference.train_length import Length, length_of
 from pytest_gputrain.reference.train_loop import Course, Loop
@@ -36,7 +37,10 @@ from pytest_gputrain.reference.train_ranks import Ranks, ranks
 
 
 def main(arguments: Sequence[str] | None = None, *, case: TrainingCase | None = None) -> int:
-    """Train as the options say; ``case`` in place of the script's own model. Returns the exit code."""
+    """Train as the options say; ``case`` in place of the script's own model. Returns the exit code.
+
+    Raises OutOfMemory, and what the case's own code raises.
+    """
     try:
         options = parse(arguments)
         check_writable(options.out, "--out")
@@ -212,4 +216,5 @@ def _seconds_since_start() -> float:
 
 
 if __name__ == "__main__":
+    tell_in_one_line()
     sys.exit(main())

@@ -11,6 +11,7 @@ from typing import Any
 
 from pytest_gputrain import AccumulationPlan, choose_batch_size, plan_accumulation
 from pytest_gputrain.batch.choose import Chosen
+from pytest_gputrain.batch.users_own import raised_by_user
 from pytest_gputrain.reference.train_checkpoint import Checkpoint
 from pytest_gputrain.reference.train_job import Job
 from pytest_gputrain.reference.train_options import Options, TrainUsageError
@@ -43,7 +44,7 @@ class Decision:
 def decide(options: Options, here: Ranks, job: Job, checkpoint: Checkpoint | None) -> Decision:
     """The same on every rank. Raises TrainUsageError for a batch that ranks cannot share and the like.
 
-    Raises OutOfMemory where not even one sample fits.
+    Raises OutOfMemory where not even one sample fits, and what the case's own code raises.
     """
     total = options.total_batch_size
     try:
@@ -53,6 +54,8 @@ def decide(options: Options, here: Ranks, job: Job, checkpoint: Checkpoint | Non
             chosen = _choose(options, here, job, checkpoint)
         plan = plan_accumulation(total or chosen.size * here.world_size, chosen.size, here.world_size)
     except ValueError as error:
+        if raised_by_user(error):
+            raise
         raise TrainUsageError(str(error)) from error
     source = _source(lines) if chosen.source == "auto" else chosen.source
     return Decision(chosen.size, source, chosen.seconds, plan)

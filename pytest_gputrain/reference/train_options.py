@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_gputrain.values import FALSE, LEGAL_FLAG, LEGAL_SIZE, TRUE, parse_flag, parse_size
+from pytest_gputrain.values import (
+    FALSE,
+    LEGAL_FLAG,
+    LEGAL_SIZE,
+    TRUE,
+    capacity_in_bytes,
+    parse_flag,
+    parse_size,
+)
 
 STAGES = ("base", "mid", "sft")
 DATASETS = ("synthetic", "text")
@@ -187,7 +195,8 @@ def _batch_size(parser: argparse.ArgumentParser) -> None:
         parser, "total_batch_size", _whole(1), None, "samples an optimizer step, over all ranks (accumulates)"
     )
     _add(parser, "max_batch_size", _whole(1), 128, "largest device batch size that is tried (default 128)")
-    _add(parser, "batch_size_margin", float, 0.85, "share of the memory that may be used (default 0.85)")
+    share = _number(0, math.nextafter(1, 2), "above 0 and up to 1", low_too=False)
+    _add(parser, "batch_size_margin", share, 0.85, "share of the memory that may be used (default 0.85)")
     _add(parser, "batch_size_cache", _flag, False, "look the batch size up, and keep what was found")
     _add(parser, "memory_budget", _sizes, None, 'memory a rank may use, "2GB"; by rank: "2GB,1GB"')
 
@@ -265,6 +274,10 @@ def _flag(text: str) -> bool:
 
 def _sizes(text: str) -> tuple[int, ...]:
     try:
-        return tuple(parse_size(part) for part in text.split(","))
+        sizes = tuple(parse_size(part) for part in text.split(","))
     except ValueError:
         raise _legal(f"{text!r} is not {LEGAL_SIZE}, or several with commas, by rank") from None
+    try:
+        return tuple(map(capacity_in_bytes, sizes))
+    except ValueError as error:
+        raise _legal(str(error).removeprefix("capacity=")) from None

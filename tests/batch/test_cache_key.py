@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,7 +56,7 @@ def key(change: Callable[[Model], Any] = lambda model: None, **more: Any) -> dic
     change(model)
     optimizer = more.pop("optimizer", torch.optim.AdamW)(model.parameters())
     batch = more.pop("batch", torch.zeros(2, 4))
-    return cache_key(model, device="cpu", optimizer=optimizer, batch=batch, **more)
+    return cache_key(model, device=more.pop("device", "cpu"), optimizer=optimizer, batch=batch, **more)
 
 
 def checkpointed(model: Model) -> None:
@@ -72,6 +73,22 @@ def hooked(model: Model) -> None:
 
 def patched(model: Model) -> None:
     model.inner[0].forward = functools.partial(torch.utils.checkpoint.checkpoint, model.inner[0].forward)
+
+
+def on_gpu(name: str = "GPU A", total_memory: int = 80 * 10**9) -> Callable[[], dict[str, Any]]:
+    def make() -> dict[str, Any]:
+        properties = SimpleNamespace(name=name, total_memory=total_memory)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+            return key(device="cuda")
+
+    return make
+
+
+def of_another_torch() -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "__version__", "1.0")
+        return key()
 
 
 CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
@@ -96,6 +113,10 @@ CHANGES: dict[str, Callable[[], dict[str, Any]]] = {
     "components": lambda: key(components=["packed", torch.bfloat16, Path("data"), {"a": 1.5}]),
     "settings": lambda: key(settings={"eval_batch_factor": 2}),
     "patched": lambda: key(patched),
+    "gpu": on_gpu(),
+    "gpu-name": on_gpu(name="GPU B"),
+    "gpu-memory": on_gpu(total_memory=40 * 10**9),
+    "torch": of_another_torch,
     "loss": lambda: key(functions=[lambda model, batch: model(batch).mean()]),
 }
 

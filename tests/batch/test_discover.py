@@ -15,6 +15,7 @@ from torch import nn
 from pytest_gputrain import OutOfMemory, choose_batch_size, discover_batch_size, find_batch
 from pytest_gputrain.batch import probe_target
 from pytest_gputrain.batch.finder import BatchFinder
+from pytest_gputrain.batch.users_own import raised_by_user
 from pytest_gputrain.memory.guard import OomGuard
 from pytest_gputrain.reference.gpt import gpt_case
 from tests.batch.models import Language, Restless, case_of, mlp, rows
@@ -141,10 +142,25 @@ def test_too_large_says_so_with_the_ways_out() -> None:
         discover_batch_size(Language(), 32, "cpu", capacity="100KB")
     first, second, third = str(raised.value).splitlines()
     assert first.startswith("Language does not fit at batch size 1; in step 1: out of memory on cpu: ")
-    assert second.startswith("  limit 83.0 KiB of a capacity of 97.7 KiB; in use: ")
+    assert second.startswith("  limit 83.0 KiB of a capacity of 97.7 KiB; in use before that: ")
     assert "parameters 20.4 KiB" in second
     assert third.startswith("  what helps: ")
     assert raised.value.limit == 85_000
+    nothing = find_batch(gpt_case(1, sequence_length=16), capacity="100KB").too_large("gpt").splitlines()
+    assert "the model or optimizer given needs 322.0 KiB with 0 bytes in use" in nothing[0]
+    assert nothing[1].endswith("; in use before that: nothing")
+
+
+def test_a_margin_never_rounds_to_no_sample() -> None:
+    """One sample fits into the margin, and not two; 0.85 of one would be none."""
+    case = gpt_case(1, width=32, sequence_length=16)
+    one, two = (
+        dict(find_batch(case, capacity="1GB", min_batch_size=size, max_batch_size=size).search.probes)[size]
+        for size in (1, 2)
+    )
+    assert one is not None
+    assert two is not None
+    assert find_batch(case, capacity=int((one + two) / 2 / 0.85)).size == 1
 
 
 def test_batch_norm_cannot_train_on_one_sample() -> None:
@@ -171,6 +187,21 @@ def test_a_bug_of_the_model_is_no_reason_to_fall_back() -> None:
 
     with pytest.raises(TypeError, match="a bug"):
         discover_batch_size(Broken(), 32, "cpu", capacity="2MB")
+
+
+def test_what_is_refused_about_a_users_result_is_not_raised_by_the_user() -> None:
+    class Broken(Language):
+        def forward(self, x: Any, y: Any) -> Any:
+            raise ValueError("a bug")
+
+    class Vector(Language):
+        def forward(self, x: Any, y: Any) -> Any:
+            return super().forward(x, y).expand(2)
+
+    for model, is_users in ((Broken(), True), (Vector(), False)):
+        with pytest.raises(ValueError, match=r"a bug|scalar") as caught:
+            discover_batch_size(model, 32, "cpu", capacity="2MB")
+        assert raised_by_user(caught.value) is is_users
 
 
 def test_what_a_script_chooses(lines: Lines) -> None:

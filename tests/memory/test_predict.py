@@ -346,7 +346,12 @@ def test_what_fake_tensors_cannot_run_is_named_with_its_line() -> None:
         (lambda: predict_peak_memory(nano, 0), "batch_size is 0; give a whole number of 1 or more"),
         (lambda: predict_peak_memory(nano, True), "batch_size is True; give a whole number of 1 or more"),
         (lambda: predict_peak_memory(nano, 1, device="tpu"), "device is 'tpu'; give one of cuda, cpu"),  # type: ignore[arg-type]
-        (lambda: predict_peak_memory(nano, 1, "80 apples"), "'80 apples' is not a size"),
+        (lambda: predict_peak_memory(nano, 1, "80 apples"), "capacity: '80 apples' is not a size"),
+        (
+            lambda: predict_peak_memory(nano, 1, 80),
+            "capacity=80 is 80 bytes; legal is 64.0 KiB or more: give",
+        ),
+        (lambda: predict_maximum(nano, "80B"), "capacity='80B' is 80 bytes; legal is 64.0 KiB or more"),
         (lambda: predict_peak_memory(nano, 1, world_size=-1), "world_size is -1; give a whole number"),
         (lambda: predict_peak_memory(nano, 1, checkpointing=True), "case 'nano' has no set_checkpointing"),
         (lambda: predict_peak_memory(nn.Linear, 1), "give a TrainingCase"),  # type: ignore[arg-type]

@@ -111,6 +111,29 @@ def margin_that_rounds_to_zero() -> TrainingCase:
     return tokens("margin_that_rounds_to_zero")
 
 
+class Stateful(Deep):
+    """Carries a state over from batch to batch, for two sequences at most."""
+
+    carried: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("carried", torch.zeros(2, 1, WIDTH))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.blocks(self.embedding(tokens) + self.carried[: len(tokens)]))
+        return out
+
+
+@broken(
+    {"batch_size_found": "is 0, but 1 fits, too: "},
+    may_fail=("batch_size_holds",),
+    finder=finders.margin_on_the_size,
+)
+def margin_that_leaves_no_sample() -> TrainingCase:
+    return tokens("margin_that_leaves_no_sample", model=Stateful)
+
+
 class DetourWhenOdd(Deep):
     """A kernel for even batches and for small ones; others take a detour, with three times as much."""
 
@@ -137,11 +160,23 @@ def any_error_is_taken_for_memory() -> TrainingCase:
     return tokens("any_error_is_taken_for_memory")
 
 
-@broken({"batch_size_found": "buffers (1.running_mean, 1.running_var"}, finder=finders.moves_the_model)
+@broken(
+    {
+        "batch_size_found": (
+            "buffers (1.running_mean, 1.running_var, 1.num_batches_tracked, ...), random state (torch)"
+        )
+    },
+    finder=finders.moves_the_model,
+)
 def probe_that_moves_batchnorm_and_random_state() -> TrainingCase:
     return case(
         "probe_that_moves_batchnorm_and_random_state", model=convnet, batch=image_draw, loss=image_loss
     )
+
+
+@broken({"batch_size_found": "not so before: random state (torch)\n"}, finder=finders.draws_a_batch)
+def probe_that_moves_the_random_state() -> TrainingCase:
+    return tokens("probe_that_moves_the_random_state")
 
 
 @broken(

@@ -197,6 +197,12 @@ def evaluate_with_statistics(case: TrainingCase, model: Any) -> None:
         case.loss(model, case.batch(2, CPU))
 
 
+def draws_a_batch(case: TrainingCase, **question: Any) -> int:
+    """Looks at what a batch of the real data holds, once, and tries on fresh models only."""
+    case.batch(2, CPU)
+    return honest(case, **question)
+
+
 def keeps_the_optimizers_state(case: TrainingCase, *, model: Any, optimizer: Any, **question: Any) -> int:
     """Steps with the real optimizer and puts weights, gradients and random state back, and no more."""
     weights = copy.deepcopy(model.state_dict())

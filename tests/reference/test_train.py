@@ -201,6 +201,23 @@ def test_a_case_trains_with_its_own_step(capsys: pytest.CaptureFixture[str]) -> 
     assert metrics["tokens"] == 2 * 8  # samples, where a sample has no tokens
 
 
+def raises_a_bug(model: Any, batch: Any) -> torch.Tensor:
+    raise ValueError("a bug of the user")
+
+
+def test_a_users_own_error_is_raised_where_it_is() -> None:
+    case = TrainingCase(
+        name="bug",
+        model=lambda: torch.nn.Linear(3, 2),
+        batch=lambda batch_size, device: torch.randn(batch_size, 3, device=device),
+        loss=raises_a_bug,
+    )
+    options = ["--device=cpu", "--steps=2", "--auto_batch_size", "--memory_budget=1MB"]
+    with pytest.raises(ValueError, match="a bug of the user") as caught:
+        train.main(options, case=case)
+    assert caught.traceback[-1].name == "raises_a_bug"
+
+
 def test_the_schedule() -> None:
     rates = [train_loop.schedule(number, 20) for number in range(1, 21)]
     assert rates[:3] == pytest.approx([0.5, 1.0, 0.9932], abs=1e-4)
@@ -226,6 +243,8 @@ WRONG = {
     "--stage=rl": "argument --stage: invalid choice: 'rl' (choose from",
     "--lr=-1": "argument --lr: '-1' is not a number above 0",
     "--memory_budget=2GB,lots": "'2GB,lots' is not a size above 0 such as",
+    "--memory_budget=1GB,80": "argument --memory_budget/--memory-budget: 80 is 80 bytes; legal is 64.0 KiB",
+    "--batch_size_margin=1.5": "/--batch-size-margin: '1.5' is not a number above 0 and up to 1",
     "--auto_batch_size=maybe": "'maybe' is not true or false",
     "--stepz=3": "unrecognized arguments: --stepz=3",
     "--stage=mid": "--stage mid starts from the base stage's checkpoint; give --checkpoint FILE",

@@ -107,6 +107,18 @@ def test_under_torchrun_itself(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text().splitlines()[-1])["world_size"] == 2
 
 
+def test_out_of_memory_is_one_line_and_the_cause() -> None:
+    """Not even one sample fits on the second rank; the launcher knows the exception all the same."""
+    options = (*SHAPE, "--steps=2", "--auto_batch_size", "--memory_budget=1GB,70KB")
+    result = launch.torchrun(str(SCRIPT), *options, nproc=2, check=False)
+    assert "OutOfMemory" in str(result.cause)
+    assert {rank.exit_code for rank in result.ranks} <= {1, None, -15}
+    told = [line for rank in result.ranks for line in rank.stderr.splitlines()]
+    assert told
+    assert len(told) <= 2
+    assert all(re.match(r"(\[rank[01]\]: )?train: .*(out of memory|OutOfMemory)", line) for line in told)
+
+
 def test_a_total_that_ranks_do_not_share_is_one_line() -> None:
     result = launch.torchrun(str(SCRIPT), *SHAPE, "--total_batch_size=5", nproc=2, check=False)
     assert result.cause is not None
