@@ -93,6 +93,7 @@ def test_compare_names_every_difference() -> None:
         "certain_deadlock",
         "tracing_cost",
         "batch_search",
+        "cache_hit",
         "prediction",
         "accumulation_overhead",
     ],
