@@ -13,7 +13,7 @@ from pytest_gputrain.checks.accumulation_plan import Plan, Trial, names_of, plai
 from pytest_gputrain.checks.accumulation_runs import run_window
 from pytest_gputrain.checks.accumulation_sums import Gap, Tolerance, gap, joined, norm, sizes, weights_in
 from pytest_gputrain.checks.accumulation_window import Gradients, Window
-from pytest_gputrain.checks.accumulation_words import SAME, Weights, words
+from pytest_gputrain.checks.accumulation_words import SAME, Weights, why_steps, words
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.result import CheckFailed, CheckSkipped, Figures
 
@@ -125,13 +125,12 @@ class Judge:
         self.worst, self.compared = max(self.worst, found.error), max(self.compared, found.compared)
 
     def _judge_steps(self, trial: Trial, window: Window) -> None:
-        usual = max(1, self.full.most_steps)
-        if window.most_steps >= 2 * usual:
+        usual = self.full.most_steps
+        if window.most_steps >= 2 * max(1, usual):
             raise CheckFailed(
-                f"the optimizer steps {window.most_steps} times in a window of {trial.num} "
-                "micro-batches, and "
-                f"{usual} on one: there is no accumulation\n"
-                "  likely: optimizer.step() stands inside the loop; it belongs after the last micro-batch"
+                f"the optimizer steps {window.most_steps} times in a window of {trial.num} micro-batches, "
+                f"and {usual} on one{': there is no accumulation' if usual else ''}\n"
+                f"  likely: {why_steps(usual)}"
             )
 
     def _closest(self, trial: Trial, window: Window, due: Sequence[float]) -> tuple[list[Gradients], Gap]:
@@ -155,9 +154,10 @@ class Judge:
             weights = plain(self.case, trial.parts)
             if self._gap(window.gradients, joined(base, weights), sizes(base, weights)).closed:
                 counts = ", ".join(str(pytree.batch_length(part)) for part in trial.parts)
-                note = f"micro-batches of {counts} samples count the same; weigh them, or drop a "
-                "smaller last one"
-                self.notes.append(note)
+                self.notes.append(
+                    f"micro-batches of {counts} samples count the same; weigh them, or drop "
+                    "a smaller last one"
+                )
                 return
         self._fail(window.gradients, base, trial, due, found)
 

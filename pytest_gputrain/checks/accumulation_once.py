@@ -14,7 +14,7 @@ from pytest_gputrain.checks.accumulation_plan import Plan, Trial, plan, shares
 from pytest_gputrain.checks.accumulation_runs import best_lab, run_window
 from pytest_gputrain.checks.accumulation_sums import Tolerance, gap, weights_in
 from pytest_gputrain.checks.accumulation_window import Window
-from pytest_gputrain.checks.accumulation_words import ROUNDINGS, UNEXPLAINED, missing_words
+from pytest_gputrain.checks.accumulation_words import ROUNDINGS, UNEXPLAINED, missing_words, why_steps
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.result import CheckFailed, Figures
 
@@ -33,9 +33,10 @@ def judge_once(case: TrainingCase, ctx: CheckContext) -> Figures:
     _judge_counts(whole, pieces, trial.num)
     _judge_settings(whole, pieces, trial.num)
     _judge_left(whole, pieces)
-    notes: list[str] = []
-    for each in (trial, *(ragged for ragged in chosen.trials if not ragged.is_split)):
-        _judge_parts(case, lab, each, notes)
+    ragged = [each for each in chosen.trials if not each.is_split]
+    remarks = [_judge_parts(case, lab, each) for each in (trial, *ragged)]
+    # The same is wrong with both windows' losses, if anything is, with other figures.
+    notes = [remark for remark in remarks if remark][:1]
     _judge_clipping(case, ctx, lab, chosen, trial)
     return {
         "micro-batches": trial.num,
@@ -69,8 +70,7 @@ def _judge_counts(whole: Sequence[Window], pieces: Sequence[Window], num: int) -
     if many >= 2 * max(once, 1):
         raise CheckFailed(
             f"the optimizer steps {_times(many, pieces)} in a window of {num} micro-batches, and "
-            f"{_times(once, whole)} in one of a single micro-batch\n"
-            "  likely: optimizer.step() stands inside the loop; it belongs after the last micro-batch"
+            f"{_times(once, whole)} in one of a single micro-batch\n  likely: {why_steps(once / len(whole))}"
         )
     for what, name, likely in (
         ("the scheduler steps", "scheduler_steps", "scheduler.step() belongs beside optimizer.step()"),
@@ -122,8 +122,11 @@ def _judge_left(whole: Sequence[Window], pieces: Sequence[Window]) -> None:
             )
 
 
-def _judge_parts(case: TrainingCase, lab: Lab, trial: Trial, notes: list[str]) -> None:
-    """Raises CheckFailed where a micro-batch does not count, counts twice, or the loss is one of them."""
+def _judge_parts(case: TrainingCase, lab: Lab, trial: Trial) -> str | None:
+    """A remark on the returned loss.
+
+    Raises CheckFailed where a micro-batch does not count, counts twice, or the loss is one of them.
+    """
     window = run_window(lab, trial.parts, TINY)
     apart = lab.apart(trial.parts, TINY, window.states)
     if not window.is_empty and all(not each.is_empty for each in apart):
@@ -137,7 +140,7 @@ def _judge_parts(case: TrainingCase, lab: Lab, trial: Trial, notes: list[str]) -
             "not from both\n  likely: the last micro-batch is left out; the effective batch is smaller "
             "than the target"
         )
-    _judge_loss(case, window, [each.loss for each in apart], trial, notes)
+    return _judge_loss(case, window, [each.loss for each in apart], trial)
 
 
 def _judge_weights(relative: Sequence[float], left: float, rounding: float, *, even: bool) -> None:
@@ -158,18 +161,20 @@ def _judge_weights(relative: Sequence[float], left: float, rounding: float, *, e
 
 
 def _judge_loss(
-    case: TrainingCase, window: Window, values: Sequence[float | None], trial: Trial, notes: list[str]
-) -> None:
-    """Raises CheckFailed where the loss that is returned is a single micro-batch's."""
+    case: TrainingCase, window: Window, values: Sequence[float | None], trial: Trial
+) -> str | None:
+    """A remark on a loss that is not the window's. Raises CheckFailed for that of a single micro-batch."""
     losses = [value for value in values if value is not None]
     if window.loss is None or len(losses) < trial.num:
-        notes.append("the step returns no loss, so its logging was not judged")
-        return
+        return "the step returns no loss, so its logging was not judged"
     due = shares(case, trial.parts)
     right = sum(loss * share for loss, share in zip(losses, due, strict=True))
     plain = sum(losses) / trial.num
-    if any(_close(window.loss, each) for each in (right, plain, plain * trial.num)):
-        return
+    if _close(window.loss, right) or _close(window.loss, plain):
+        return None
+    returned = f"the step returns {window.loss:.4g} as its loss"
+    if _close(window.loss, sum(losses)):
+        return f"{returned}, the sum of {trial.num} micro-batches' losses, where the window's is {right:.4g}"
     for index, which in ((-1, "last"), (0, "first")):
         for share, words in (
             (1.0, ""),
@@ -183,7 +188,7 @@ def _judge_loss(
                     f"the {which}{words}; the window's is {right:.4g}\n"
                     "  likely: the variable of the loop is returned; add up the parts and return their sum"
                 )
-    notes.append(f"the step returns {window.loss:.4g} as its loss, where the window's is {right:.4g}")
+    return f"{returned}, where the window's is {right:.4g}"
 
 
 def _close(one: float, other: float) -> bool:

@@ -89,6 +89,13 @@ def missing_words(missing: list[int], num: int) -> str:
     return f"micro-batches {listed} of {num} do not count in the gradients: the effective batch is smaller"
 
 
+def why_steps(usual: float) -> str:
+    """Of too many optimizer steps in a window of several; usual: in a window of one, on average."""
+    if usual < 1:
+        return "a fixed number of micro-batches is counted up to; step after the last one that is given"
+    return "optimizer.step() stands inside the loop; it belongs after the last micro-batch"
+
+
 def _why_factor(ratio: float, num: int, once: float | None) -> str:
     if once is not None and abs(ratio - num) < SAME * num and 0 < once < 1 - SAME:
         return (

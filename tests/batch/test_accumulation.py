@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -48,6 +49,13 @@ def check(plan: AccumulationPlan, limit: int) -> None:
     cheap = [steps for steps in equal if steps <= 1.5 * fewest]
     assert plan.accumulation_steps == (cheap[0] if cheap else fewest)
     assert plan.is_ragged == (not cheap)
+
+
+def test_many_more_plans_than_a_sweep_has_in_a_second() -> None:
+    started = time.process_time()
+    for k in range(1, 4097):
+        assert plan_accumulation(8 * k, 512, 8).global_batch_size == 8 * k
+    assert time.process_time() - started < 1.0
 
 
 @pytest.mark.parametrize(

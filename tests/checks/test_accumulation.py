@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from pytest_gputrain import launch
 from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.checks import CheckResult, run_checks
+from pytest_gputrain.checks.accumulation_native import distance, rounding_bound
 from tests.planted import healthy_accumulation, healthy_loops
 from tests.planted.broken_averages import num_targets, ragged_draw, token_loss
 from tests.planted.plant import Net, case, draw, loss
@@ -36,30 +40,63 @@ def accumulation(case: TrainingCase, check: str) -> CheckResult:
     return result
 
 
-def worst_error(case: TrainingCase, sizes: list[int]) -> float:
-    """On each rank micro-batches of these sizes, against the joined batch of all ranks in one process."""
+def step_on_ranks(case: TrainingCase, model: nn.Module, sizes: list[int]) -> list[Any]:
+    """Leaves the gradients of micro-batches of these sizes on each rank in ``model``; all ranks' batches."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = case.model().double()
+    kind = next(model.parameters()).dtype
     wrapped = DistributedDataParallel(model) if dist.get_world_size() > 1 else model
-    reference = type(model)().double()
-    reference.load_state_dict(model.state_dict())
     every = [
-        [pytree.map_tensors(as_double, case.batch(size, torch.device("cpu"))) for size in sizes]
+        [as_kind(case.batch(size, torch.device("cpu")), kind) for size in sizes]
         for _ in range(dist.get_world_size())
     ]
     case.step(wrapped, torch.optim.SGD(model.parameters(), lr=0.0), every[dist.get_rank()])
-    case.loss(reference, pytree.join([batch for own in every for batch in own])).backward()
-    found = [p.grad for p in model.parameters() if p.grad is not None]
-    wanted = [p.grad for p in reference.parameters() if p.grad is not None]
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+    return [batch for own in every for batch in own]
 
 
-def as_double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {name: one.grad for name, one in model.named_parameters()}
+    return {name: grad.clone() for name, grad in found.items() if grad is not None}
+
+
+def own_gradients(case: TrainingCase, model: nn.Module, batch: Any, kind: torch.dtype) -> dict[str, Tensor]:
+    """Of the case's loss, by a copy of the model in this type."""
+    copied = copy.deepcopy(model).to(kind)
+    copied.zero_grad()
+    case.loss(copied, as_kind(batch, kind)).backward()
+    return gradients(copied)
+
+
+def worst_error(case: TrainingCase, sizes: list[int]) -> float:
+    """On each rank micro-batches of these sizes, against the joined batch of all ranks in one process."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = case.model().double()
+    every = step_on_ranks(case, model, sizes)
+    wanted = own_gradients(case, model, pytree.join(every), torch.float64)
+    found = gradients(model)
+    return max(float((found[name] - grad).norm() / grad.norm()) for name, grad in wanted.items())
+
+
+def single_error_and_bound(case: TrainingCase, sizes: list[int]) -> tuple[float, float]:
+    """The same in float32, beside what its distance to float64 allows."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = case.model()
+    every = step_on_ranks(case, model, sizes)
+
+    def rounding(batch: Any) -> float:
+        return distance(*(own_gradients(case, model, batch, kind) for kind in (torch.float32, torch.float64)))
+
+    full = pytree.join(every)
+    error = distance(gradients(model), own_gradients(case, model, full, torch.float32))
+    pieces = max(rounding(batch) for batch in every)
+    return error, rounding_bound(rounding(full), pieces, len(every), torch.finfo(torch.float32).eps)
+
+
+def as_kind(batch: Any, kind: torch.dtype) -> Any:
+    return pytree.map_tensors(lambda one: one.to(kind) if one.is_floating_point() else one, batch)
 
 
 WINDOWS = {"1": [4], "2": [4, 4], "3": [4] * 3, "4": [4] * 4, "8": [4] * 8, "16": [4] * 16}
@@ -76,6 +113,24 @@ def test_default_step_is_the_full_batch_on_any_number_of_ranks(reduction: str, w
     for errors in launch(all_windows, REDUCTIONS[reduction], world_size=world_size).values:
         assert len(errors) == 10
         assert max(errors.values()) < 1e-6, errors
+
+
+def all_windows_in_single(cases: dict[str, TrainingCase]) -> dict[str, tuple[float, float]]:
+    return {
+        f"{reduction}, {name}": single_error_and_bound(case, sizes)
+        for reduction, case in cases.items()
+        for name, sizes in {**WINDOWS, **RAGGED}.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_default_step_is_the_full_batch_in_float32_within_its_bound(world_size: int) -> None:
+    for found in launch(all_windows_in_single, REDUCTIONS, world_size=world_size).values:
+        assert len(found) == 30
+        wrong = {name: pair for name, pair in found.items() if not pair[0] <= pair[1] < 1e-4}
+        assert not wrong
+        assert any(error for error, _ in found.values())
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -100,7 +155,7 @@ def test_errors_are_reported_beside_their_bounds(reduction: str) -> None:
         ),
         (
             healthy_accumulation.another_loss_in_the_step(),
-            "micro-batches of 6, 6, 6, 3 samples count the same",
+            "micro-batches of 6, 6, 6, 3 samples count the same; weigh them, or drop a smaller last one",
         ),
     ],
     ids=lambda value: getattr(value, "name", ""),
@@ -120,6 +175,69 @@ def every_one_synchronised(model: Any, optimizer: Any, micro_batches: Any) -> Te
         total = total + value.detach()
     optimizer.step()
     return total
+
+
+def sum_returned(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+    optimizer.zero_grad()
+    losses = []
+    for index, batch in enumerate(micro_batches):
+        with nullcontext() if index == len(micro_batches) - 1 else model.no_sync():
+            losses.append(loss(model, batch))
+            (losses[-1] / len(micro_batches)).backward()
+    optimizer.step()
+    return torch.stack(losses).detach().sum()
+
+
+def test_sum_of_losses_is_remarked_once() -> None:
+    result = accumulation(case("sum returned", step=sum_returned), "accumulation_schedule")
+    assert result.outcome == "passed", str(result)
+    found = re.fullmatch(
+        r"the step returns (\S+) as its loss, the sum of 4 micro-batches' losses, "
+        r"where the window's is (\S+)",
+        result.message,
+    )
+    assert found, result.message
+    assert float(found[1]) == pytest.approx(4 * float(found[2]), rel=1e-3)
+
+
+def nothing_returned(model: Any, optimizer: Any, micro_batches: Any) -> None:
+    sum_returned(model, optimizer, micro_batches)
+
+
+def test_missing_loss_is_remarked_once() -> None:
+    result = accumulation(case("nothing returned", step=nothing_returned), "accumulation_schedule")
+    assert result.message == "the step returns no loss, so its logging was not judged"
+
+
+class Counts:
+    """As accelerate with a fixed number of accumulation steps, whatever window it gets."""
+
+    def __init__(self, num: int) -> None:
+        self.num, self.count = num, 0
+
+    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> None:
+        for batch in micro_batches:
+            self.count += 1
+            (loss(model, batch) / self.num).backward()
+            if self.count % self.num == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+
+def test_fixed_number_of_micro_batches_is_not_taken_for_a_step_inside_the_loop() -> None:
+    result = accumulation(case("counts", step=Counts(4)), "accumulation_schedule")
+    assert result.outcome == "failed"
+    assert result.message == (
+        "the optimizer steps once in a window of 4 micro-batches, and 0 times in one of a single "
+        "micro-batch\n"
+        "  likely: a fixed number of micro-batches is counted up to; step after the last one that is given"
+    )
+    result = accumulation(case("counts", step=Counts(2)), "accumulation_parity")
+    assert result.outcome == "failed"
+    assert result.message.startswith(
+        "the optimizer steps 2 times in a window of 4 micro-batches, and 0 on one\n"
+        "  likely: a fixed number of micro-batches is counted up to"
+    )
 
 
 def test_missing_no_sync_is_remarked_with_its_cost() -> None:
