@@ -1,4 +1,7 @@
-"""A hit in a new process costs the reading, not the import of torch's compiler that every optimizer makes."""
+"""A hit in a new process costs the reading, not the imports of a discovery.
+
+Above all not torch's compiler, which every optimizer imports: so a hit makes none.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,12 @@ from tests.batch.models import Language
 size = discover_batch_size(
     Language(), 16, "cpu", use_cache=True, cache_dir=sys.argv[1], capacity="16MB", max_batch_size=16
 )
-print(size, "torch._dynamo" in sys.modules)
+print(size, *sorted({"torch._dynamo", "numpy.random", "psutil"} & {*sys.modules}))
 """
 
 
 @pytest.mark.slow
-def test_a_hit_makes_no_optimizer(tmp_path: Path) -> None:
+def test_a_hit_imports_nothing_slow(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
     said = [
         subprocess.run(
@@ -36,5 +39,6 @@ def test_a_hit_makes_no_optimizer(tmp_path: Path) -> None:
         ).stdout.split()
         for _ in range(2)
     ]
-    assert said[0] == ["16", "True"]
-    assert said[1] == ["16", "False"]
+    assert said[0][0] == "16"
+    assert "torch._dynamo" in said[0]
+    assert said[1] == ["16"]
