@@ -64,6 +64,7 @@ def parse_size(size: str | float) -> int:
 
 def parse_limit(size: str | float) -> int:
     """Return ``size`` in bytes, as `parse_size`; as text "80" lacks its unit."""
+    __tracebackhide__ = True
     num_bytes = parse_size(size)
     if isinstance(size, str) and num_bytes < LEAST_CAPACITY and size.strip().isdigit():
         raise ValueError(f'{size!r} is {num_bytes} bytes; give the unit, such as "80GB" or "79.1GiB"')

@@ -91,6 +91,7 @@ def _run(options: argparse.Namespace) -> int:
     if lack := draw(result.all_results, prepared):
         print(lack)
     if result.interrupted:
+        sys.stdout.flush()  # or the table comes after it, where both go to one file
         print("gputrain branches run: interrupted; the same command goes on from here", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK if result.passed else EXIT_FAILED

@@ -30,7 +30,8 @@ def test_the_run_that_the_documentation_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shown = DOCS.read_text(encoding="utf-8").split("```\n")[1]
+    blocks = DOCS.read_text(encoding="utf-8").split("```\n")
+    shown = next(block for block in blocks if block.startswith("$ gputrain branches plan"))
     command, _, output = shown.partition("\n")
     assert code_of(shlex.split(command.removeprefix("$ gputrain "))) == 0
     assert capsys.readouterr() == (output, "")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pytest_gputrain.trace import models
 from pytest_gputrain.trace.install import install
 from pytest_gputrain.trace.session import Session
 from pytest_gputrain.trace.switches import Switches
@@ -46,9 +47,12 @@ def loss(model: Any) -> Tensor:
 
 
 @pytest.fixture
-def traced(tmp_path: Path) -> Iterator[Callable[..., list[str]]]:
+def traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
     """Runs a loop under tracing and returns the lines of ``traces.log``."""
     sessions: list[Session] = []
+    # A loop without an optimizer trains whatever models its process has; here other tests' are there as well.
+    all_roots, others = models.roots, models.roots()
+    monkeypatch.setattr(models, "roots", lambda: [one for one in all_roots() if is_none_of(one, others)])
 
     def run(loop: Loop, *tracers: str, **switches: Any) -> list[str]:
         record = Switches(tracers=tracers or ("grads",), **switches).as_record()
@@ -63,6 +67,10 @@ def traced(tmp_path: Path) -> Iterator[Callable[..., list[str]]]:
     yield run
     for session in sessions:
         session.remove()
+
+
+def is_none_of(module: Any, others: list[Any]) -> bool:
+    return not any(module is other for other in others)
 
 
 def heads(lines: list[str]) -> list[str]:
