@@ -90,6 +90,9 @@ class WarmRanks:
         """Ends idle ranks, whatever they do. Their server goes on to serve other launches, if it can."""
         self.close()
         if self.server.end_launch():
+            if self._served and self.aftermath.settled and self.aftermath.reason():
+                # Others will be started for the next call: they need not import again what dirtied these.
+                self.server.preload((self._served[0].report or {}).get("imported", []))
             self.folder.end()
             client.give_back(self.server)
         else:

@@ -63,7 +63,7 @@ def test_broken_program_is_caught(plant: Plant) -> None:
     verify(plant, run(plant, plant.fails))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("plant", params(BROKEN))
 def test_broken_program_trips_no_other_check(plant: Plant) -> None:
     others = [check for check in all_check_ids() if check not in plant.fails]
@@ -87,7 +87,7 @@ def test_healthy_program_is_left_alone_by_the_rest(plant: Plant) -> None:
     verify(plant, run(plant, [check for check in checks if not is_planted_for(check, plant)]))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "plant", [pytest.param(p, id=p.name) for p in HEALTHY if not about_memory(p) and p.name not in COMES_LATE]
 )
