@@ -80,7 +80,7 @@ def test_healthy_program_is_left_alone(plant: Plant) -> None:
     verify(plant, run(plant, [check for check in all_check_ids() if is_planted_for(check, plant)]))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("plant", [pytest.param(p, id=p.name) for p in HEALTHY])
 def test_healthy_program_is_left_alone_by_the_rest(plant: Plant) -> None:
     checks = [check for check in all_check_ids() if check not in BATCH_SIZE]
