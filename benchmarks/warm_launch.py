@@ -2,24 +2,24 @@
 
     python -m benchmarks.warm_launch
 
-Twice: as bare calls in one process, and as tests under pytest, where the time of a test is the difference
-between a suite of many and a suite of few, so that starting the ranks does not count. Interleaved.
+Twice: as bare calls in one process, and as tests under pytest, where the time of a test is what lies between
+its end and that of the test before it, so that starting the ranks does not count. Interleaved.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks._harness import ROOT, interleave, options, ratio, report, run_command, scratch
 from benchmarks._rivals import WORLD_SIZE, all_reduce_once
 
 CALLS, SUITES = 200, 5
-FEW, MANY = 10, 210
+FIRST, TESTS = 10, 200  # not counted, counted
 TIMEOUT = 300.0
 OURS, THEIRS = "warm launch", "MultiProcContinuousTest"
 
@@ -70,43 +70,37 @@ def bare_calls(rounds: int) -> dict[str, list[float]]:
         launch.shutdown()  # type: ignore[attr-defined]
 
 
-def write(folder: Path, text: str, few: int, many: int) -> tuple[Path, Path]:
-    """The suite with few tests, and with many."""
-    made = []
-    for tests in (few, many):
-        place = folder / str(tests)
-        place.mkdir(parents=True)
-        (place / "pytest.ini").write_text("[pytest]\npython_classes = SuiteTest\n")
-        (place / "test_suite.py").write_text(text.format(tests=tests))
-        made.append(place)
-    return made[0], made[1]
+def write(folder: Path, text: str, tests: int) -> Path:
+    """The folder of a suite of so many tests."""
+    folder.mkdir()
+    (folder / "pytest.ini").write_text("[pytest]\npython_classes = SuiteTest\n")
+    (folder / "test_suite.py").write_text(text.format(tests=tests))
+    return folder
 
 
-def run_suite(folder: Path, *plugins: str) -> None:
-    """Run pytest. Raises RuntimeError unless every test passed."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+def run_suite(folder: Path, tests: int, *plugins: str) -> list[float]:
+    """Run pytest; seconds of each test but the first few. Raises RuntimeError unless every test passed."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-p", "benchmarks._test_times"]
     for plugin in plugins:
         command += ["-p", plugin]
+    when_done = folder / "when_done.json"
     env = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": None}
-    done = run_command(command, timeout=TIMEOUT, cwd=folder, env=env)
-    if not re.search(rf"^{folder.name} passed\b", done.stdout, re.MULTILINE):
+    done = run_command(command, timeout=TIMEOUT, cwd=folder, env={**env, "WHEN_DONE": str(when_done)})
+    if not re.search(rf"^{tests} passed\b", done.stdout, re.MULTILINE):
         raise RuntimeError(f"not every test of {folder} passed:\n{done.stdout}")
+    times = json.loads(when_done.read_text(encoding="utf-8"))[FIRST:]
+    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
 
 
-def under_pytest(folder: Path, rounds: int, few: int, many: int) -> dict[str, list[float]]:
-    """Seconds a test more of each, one figure a round."""
-    ways: dict[str, Callable[[], object]] = {}
-    for name, text, plugins in ((OURS, OUR_SUITE, ("pytest_gputrain",)), (THEIRS, THEIR_SUITE, ())):
-        for size, place in zip(("few", "many"), write(folder / name, text, few, many), strict=True):
-            ways[f"{name}, {size}"] = partial(run_suite, place, *plugins)
-    seconds = interleave(ways, rounds, warm_up=0)
-    return {
-        name: [
-            (more - less) / (many - few)
-            for more, less in zip(seconds[f"{name}, many"], seconds[f"{name}, few"], strict=True)
-        ]
-        for name in (OURS, THEIRS)
-    }
+def under_pytest(folder: Path, rounds: int, tests: int) -> dict[str, list[float]]:
+    """Seconds of each test of each."""
+    ours = write(folder / "ours", OUR_SUITE, tests)
+    theirs = write(folder / "theirs", THEIR_SUITE, tests)
+    seconds: dict[str, list[float]] = {OURS: [], THEIRS: []}
+    for _ in range(rounds):
+        seconds[OURS] += run_suite(ours, tests, "pytest_gputrain")
+        seconds[THEIRS] += run_suite(theirs, tests)
+    return seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,10 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = options(__doc__, argv)
     calls = bare_calls(20 if given.quick else CALLS)
     with scratch() as folder:
-        many = FEW + 10 if given.quick else MANY
-        tests = under_pytest(folder, 1 if given.quick else SUITES, FEW, many)
+        count = FIRST + (10 if given.quick else TESTS)
+        tests = under_pytest(folder, 1 if given.quick else SUITES, count)
     seconds = {f"{name}, a call": runs for name, runs in calls.items()}
-    seconds |= {f"{name}, a test more under pytest": runs for name, runs in tests.items()}
+    seconds |= {f"{name}, a test under pytest": runs for name, runs in tests.items()}
     ratios = {"a call": ratio(calls, THEIRS, OURS), "a test": ratio(tests, THEIRS, OURS)}
     figures = {f"times faster, {name}": value for name, value in ratios.items()}
     figures["calls a second"] = 1 / statistics.median(calls[OURS])
