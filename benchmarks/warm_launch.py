@@ -8,6 +8,7 @@ its end and that of the test before it, so that starting the ranks does not coun
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -89,7 +90,7 @@ def run_suite(folder: Path, tests: int, *plugins: str) -> list[float]:
     if not re.search(rf"^{tests} passed\b", done.stdout, re.MULTILINE):
         raise RuntimeError(f"not every test of {folder} passed:\n{done.stdout}")
     times = json.loads(when_done.read_text(encoding="utf-8"))[FIRST:]
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
 def under_pytest(folder: Path, rounds: int, tests: int) -> dict[str, list[float]]:
