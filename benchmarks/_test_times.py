@@ -1,4 +1,4 @@
-"""A pytest plugin: writes when each test was done to the file that the environment names, a JSON list of seconds.
+"""A pytest plugin: writes when each test was done, in seconds, to the file that the environment names, as JSON.
 
     WHEN_DONE=FILE pytest -p benchmarks._test_times
 
