@@ -1,4 +1,4 @@
-"""A pytest plugin: writes when each test was done, in seconds, to the file that the environment names, as JSON.
+"""A pytest plugin: writes when each test was done, in seconds, to the file named in the environment, as JSON.
 
     WHEN_DONE=FILE pytest -p benchmarks._test_times
 
