@@ -25,6 +25,7 @@ from torch import nn
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.memory.guard import OomGuard
+from pytest_gputrain.reference.train_arguments import TrainUsageError
 from pytest_gputrain.reference.train_batch import Decision, decide, log_to_stdout
 from pytest_gputrain.reference.train_checkpoint import Checkpoint, check_writable, config_dict, load, save
 from pytest_gputrain.reference.train_config import checked
@@ -32,7 +33,7 @@ from pytest_gputrain.reference.train_failure import tell_in_one_line
 from pytest_gputrain.reference.train_job import Job, job_of
 from pytest_gputrain.reference.train_length import Length, length_of
 from pytest_gputrain.reference.train_loop import Course, Loop
-from pytest_gputrain.reference.train_options import Options, TrainUsageError, parse
+from pytest_gputrain.reference.train_options import Options, parse
 from pytest_gputrain.reference.train_ranks import Ranks, ranks
 
 

@@ -12,9 +12,10 @@ from typing import Any
 from pytest_gputrain import AccumulationPlan, choose_batch_size, plan_accumulation
 from pytest_gputrain.batch.choose import Chosen
 from pytest_gputrain.batch.users_own import raised_by_user
+from pytest_gputrain.reference.train_arguments import TrainUsageError
 from pytest_gputrain.reference.train_checkpoint import Checkpoint
 from pytest_gputrain.reference.train_job import Job
-from pytest_gputrain.reference.train_options import Options, TrainUsageError
+from pytest_gputrain.reference.train_options import Options
 from pytest_gputrain.reference.train_ranks import Ranks
 
 _log = logging.getLogger("pytest_gputrain.batch")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pytest_gputrain.reference.gpt import GPTConfig
-from pytest_gputrain.reference.train_options import TrainUsageError
+from pytest_gputrain.reference.train_arguments import TrainUsageError
 
 FORMAT = "pytest-gputrain training checkpoint 1"
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_gputrain.reference.train_options import NUM_BYTES, STAGES
+from pytest_gputrain.reference.train_parser import NUM_BYTES, STAGES
 
 # Prose of this project's documentation as it once was: losses stay comparable when the documentation changes.
 TEXT = Path(__file__).with_name("text.txt")

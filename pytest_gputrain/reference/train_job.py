@@ -11,18 +11,13 @@ import torch
 from pytest_gputrain.case import CaseError, TrainingCase, load_case
 from pytest_gputrain.case.pytree import tensors
 from pytest_gputrain.reference.gpt import HEAD_WIDTH, GPTConfig
+from pytest_gputrain.reference.train_arguments import TrainUsageError
 from pytest_gputrain.reference.train_case import stage_case, with_clipping
 from pytest_gputrain.reference.train_checkpoint import Checkpoint, config_of
 from pytest_gputrain.reference.train_data import HELD_OUT, DrawnSamples, Samples, text_tokens
 from pytest_gputrain.reference.train_loop import Source
-from pytest_gputrain.reference.train_options import (
-    DEFAULT_DEPTH,
-    DEFAULT_SEQUENCE_LENGTH,
-    SHAPE,
-    Options,
-    TrainUsageError,
-    refuse_shape,
-)
+from pytest_gputrain.reference.train_options import Options, refuse_shape
+from pytest_gputrain.reference.train_parser import DEFAULT_DEPTH, DEFAULT_SEQUENCE_LENGTH, SHAPE
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pytest_gputrain import AccumulationPlan, plan_accumulation
-from pytest_gputrain.reference.train_options import Options, TrainUsageError
+from pytest_gputrain.reference.train_arguments import TrainUsageError
+from pytest_gputrain.reference.train_options import Options
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pytest_gputrain.reference.train_options import TrainUsageError
+from pytest_gputrain.reference.train_arguments import TrainUsageError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from pytest_gputrain import OutOfMemory, TrainingCase
-from pytest_gputrain.reference import train, train_checkpoint, train_data, train_loop, train_options
+from pytest_gputrain.reference import (
+    train,
+    train_checkpoint,
+    train_data,
+    train_loop,
+    train_options,
+    train_parser,
+)
 
 SMALL = ("--device=cpu", "--depth=1", "--width=32", "--sequence_length=16", "--steps=3")
 
@@ -55,7 +62,7 @@ def test_one_line_a_step_and_a_last_line_of_json(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("dataset", ["synthetic", "text"])
-@pytest.mark.parametrize("stage", train_options.STAGES)
+@pytest.mark.parametrize("stage", train_parser.STAGES)
 def test_a_sample_is_the_same_in_every_batch(stage: str, dataset: str) -> None:
     samples = train_data.Samples(stage, dataset, 16, seed=1)
     whole = samples.batch(3, 0, 6, "cpu")
