@@ -25,7 +25,6 @@ def predicted(request: Request, case: TrainingCase) -> dict[str, Any]:
     from pytest_gputrain.memory.fake_seam import PredictionUnavailable
     from pytest_gputrain.memory.fake_step import PredictionError
     from pytest_gputrain.memory.predict import predict_maximum
-    from pytest_gputrain.memory.prediction import ERROR_BAR_ORIGIN
 
     assert request.capacity is not None, "a prediction has a capacity"
     began = time.monotonic()
@@ -51,6 +50,15 @@ def predicted(request: Request, case: TrainingCase) -> dict[str, Any]:
         found = _largest(ask, sizes, share)
     except (PredictionError, PredictionUnavailable) as error:
         raise CannotPredict(f"cannot be predicted: {error}; --measure runs real steps") from error
+    return _answer(request, case, found, limit, time.monotonic() - began)
+
+
+def _answer(
+    request: Request, case: TrainingCase, found: MaximumPrediction, limit: int, seconds: float
+) -> dict[str, Any]:
+    """The fields of an Answer."""
+    from pytest_gputrain.memory.prediction import ERROR_BAR_ORIGIN
+
     prediction = found.prediction
     overhead = prediction.overhead_bytes
     ladder = [(prediction.batch_size, float(prediction.peak_bytes + overhead))]
@@ -64,12 +72,12 @@ def predicted(request: Request, case: TrainingCase) -> dict[str, Any]:
         "capacity": request.capacity,
         "limit": limit,
         "size": found.size,
-        "at_maximum": found.size == sizes[-1],
+        "at_maximum": found.size == request.sizes()[-1],
         "ladder": tuple(ladder),
         "law": (law.fixed_bytes + overhead, law.bytes_per_sample),
         "by_category": dict(prediction.by_category),
         "overhead_bytes": overhead,
-        "seconds": time.monotonic() - began,
+        "seconds": seconds,
         "law_floor": law.floor_bytes + overhead if law.floor_bytes > FLOOR * prediction.peak_bytes else 0.0,
         "error_bar": (bar.low, bar.high),
         "error_bar_origin": f"{bar.of}; {ERROR_BAR_ORIGIN}",

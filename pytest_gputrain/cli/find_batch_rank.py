@@ -19,6 +19,8 @@ from pytest_gputrain.cli.find_batch_job import Events, Request
 from pytest_gputrain.cli.find_batch_predicted import CannotPredict, estimated, predicted
 
 if TYPE_CHECKING:
+    from pytest_gputrain.batch.discovered import Discovered
+    from pytest_gputrain.batch.seed import Seed
     from pytest_gputrain.case import TrainingCase
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
@@ -118,6 +120,11 @@ def _measured(request: Request, case: TrainingCase) -> dict[str, Any]:
         on_probe=on_probe,
         predicted=seed,
     )
+    return _answer(request, case, found, seed)
+
+
+def _answer(request: Request, case: TrainingCase, found: Discovered, seed: Seed) -> dict[str, Any]:
+    """The fields of an Answer; beside what was measured, what formula and prediction say."""
     beside = {} if found.source == "cache" else estimated(case, found.size or request.minimum, request)
     if found.source != "cache" and (law := seed.law()) is not None:
         beside["predicted"] = round(law(found.size or request.minimum))
