@@ -17,6 +17,7 @@ pytest.register_assert_rewrite("pytest_gputrain.checks")
 
 from pytest_gputrain.plugin.fixtures import (  # noqa: E402
     batch_finder,
+    compile_monitor_fixture,
     ddp_launcher,
     device,
     gpu_count,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from pytest_gputrain.batch.discovery import find_batch
     from pytest_gputrain.case import TrainingCase
     from pytest_gputrain.checks import CheckResult, parametrize_with_checks, run_checks
+    from pytest_gputrain.compile.monitor import compile_monitor
     from pytest_gputrain.launch import Cause, LaunchError, LaunchResult, Verdict
     from pytest_gputrain.launch.launcher import launch
     from pytest_gputrain.memory.errors import OutOfMemory
@@ -65,6 +67,7 @@ _LAZY = {
     "choose_batch_size": "batch.choose",
     "discover_batch_size": "batch.discover",
     "find_batch": "batch.discovery",
+    "compile_monitor": "compile.monitor",
     "CheckResult": "checks",
     "parametrize_with_checks": "checks",
     "run_checks": "checks",
@@ -93,6 +96,8 @@ __all__ = [
     "Verdict",
     "batch_finder",
     "choose_batch_size",
+    "compile_monitor",
+    "compile_monitor_fixture",
     "ddp_launcher",
     "device",
     "discover_batch_size",

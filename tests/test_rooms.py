@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "pytest_gputrain"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "numpy", "pynvml", "transformers"}
 # Only ever imported inside a rank, or by a check at run time; the rest must import without torch.
-TORCH_AT_THE_TOP = ("reference/", "checks/", "trace/", "launch/", "memory/", "batch/probe")
+TORCH_AT_THE_TOP = ("reference/", "checks/", "trace/", "launch/", "memory/", "batch/probe", "compile/dynamo_")
 
 
 def imports(path: Path, *, at_the_top: bool) -> Iterator[str]:

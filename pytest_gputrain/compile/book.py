@@ -1,0 +1,125 @@
+"""Where a monitor writes down what dynamo does, under the step in which it does it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import replace
+
+from pytest_gputrain.compile.records import (
+    BackendError,
+    CompileReport,
+    Graph,
+    GraphBreak,
+    LimitHit,
+    Moment,
+    Recompile,
+    StepFigures,
+)
+
+
+class Book:
+    """Records of one monitor. Dynamo compiles under a lock of its own; graphs run in any thread."""
+
+    def __init__(self) -> None:
+        self.moment = Moment()
+        self.graphs: list[Graph] = []
+        self.recompiles: list[Recompile] = []
+        self.breaks: list[GraphBreak] = []
+        self.limit_hits: list[LimitHit] = []
+        self.notes: list[str] = []
+        self.compiled_before = 0
+        self.torch = ""
+        self._swallowed: list[BackendError] = []
+        self._raised: list[tuple[weakref.ref[BaseException], BackendError]] = []
+        self._runs: dict[Moment, int] = {}
+        self._seconds: dict[Moment, float] = {}
+        self._lock = threading.Lock()
+
+    def turn(self, moment: Moment) -> None:
+        """What follows belongs to this moment."""
+        with self._lock:
+            self.moment = moment
+            if moment.step is not None:
+                self._runs.setdefault(moment, 0)
+
+    def ran(self) -> None:
+        """A compiled graph runs. In the middle of every step: the only thing here that must be quick."""
+        with self._lock:
+            self._runs[self.moment] = self._runs.get(self.moment, 0) + 1
+
+    def compiled_for(self, seconds: float, moment: Moment) -> None:
+        """So many seconds were spent compiling."""
+        with self._lock:
+            self._runs.setdefault(moment, 0)
+            self._seconds[moment] = self._seconds.get(moment, 0.0) + seconds
+
+    def add_break(self, found: GraphBreak) -> None:
+        """A graph break; dynamo, which traces a function again after each of them, may tell one twice."""
+        if found not in self.breaks:
+            self.breaks.append(found)
+
+    def skipped(self, compile_id: str) -> None:
+        """The function whose break was told last stays uncompiled as a whole."""
+        for index in reversed(range(len(self.breaks))):
+            if self.breaks[index].compile_id == compile_id:
+                self.breaks[index] = replace(self.breaks[index], skipped=True)
+                return
+
+    def raised(self, error: BaseException, record: BackendError) -> None:
+        """A compilation failed and raises; who catches it decides what that is.
+
+        Only a weak reference: the error's traceback holds the loop's variables.
+        """
+        self._raised.append((weakref.ref(error), record))
+
+    def take_raised(self, error: BaseException) -> BackendError | None:
+        """The record of an error, which is no longer open."""
+        for index, (known, record) in enumerate(self._raised):
+            if known() is error:
+                del self._raised[index]
+                return record
+        return None
+
+    def swallowed(self, record: BackendError) -> None:
+        """torch caught the error and runs the code eager."""
+        self._swallowed.append(replace(record, swallowed_by="torch"))
+
+    def ended_with(self, error: BaseException | None) -> None:
+        """The block ended with this exception: what it was raised from was not swallowed."""
+        seen: set[int] = set()
+        while error is not None and id(error) not in seen:
+            seen.add(id(error))
+            self.take_raised(error)
+            error = error.__cause__ or error.__context__
+
+    @property
+    def suppressed(self) -> list[BackendError]:
+        """Failed compilations that the loop went on after."""
+        return [*self._swallowed, *(record for _, record in self._raised)]
+
+    def report(self) -> CompileReport:
+        """All of it, as it is now."""
+        with self._lock:
+            steps = tuple(
+                StepFigures(
+                    step=moment.step,
+                    phase=moment.phase,
+                    graph_runs=runs,
+                    compile_seconds=self._seconds.get(moment, 0.0),
+                )
+                for moment, runs in self._runs.items()
+            )
+        return CompileReport(
+            graphs=tuple(self.graphs),
+            recompiles=tuple(self.recompiles),
+            breaks=tuple(self.breaks),
+            limit_hits=tuple(self.limit_hits),
+            suppressed=tuple(self.suppressed),
+            steps=steps,
+            cache_hits=sum(graph.cached for graph in self.graphs),
+            compile_seconds=sum(figures.compile_seconds for figures in steps),
+            compiled_before=self.compiled_before,
+            torch=self.torch,
+            notes=tuple(self.notes),
+        )
