@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pytest_gputrain.compile.backend import standing_name
 from pytest_gputrain.launch.stacks import Frame, user_frame
 
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_(\d+)$")
@@ -23,11 +25,30 @@ _EXPLAINED = re.compile(r"^(?P<what>.*)\n\s*Explanation: (?P<why>.*)", re.MULTIL
 _COMPILATION = re.compile(r"^\d+/\d+(?:_\d+)?: ")
 
 
-def function_of(code: CodeType) -> str:
-    """The function's name; what is left of one after a graph break is ``name, resumed at line``."""
+def function_of(code: CodeType, closure: Any = ()) -> str:
+    """The function's name; what is left of one after a graph break is ``name, resumed at line``.
+
+    Around torch's own modules (``nn.Sequential``) ``torch.compile`` puts a function: the module's name then.
+    """
+    if code.co_filename.startswith(_TORCH) and code.co_name == "inner":
+        for cell in closure or ():
+            with contextlib.suppress(ValueError):  # an empty cell
+                if callable(inside := cell.cell_contents):
+                    return _name_of(inside)
     if resumed := _RESUMED.match(code.co_name):
         return f"{resumed[1]}, resumed at line {resumed[2]}"
     return str(getattr(code, "co_qualname", code.co_name))
+
+
+def _name_of(inside: Any) -> str:
+    if isinstance(inside, torch.nn.Module):
+        return f"{type(inside).__name__}.forward"
+    return str(getattr(inside, "__qualname__", type(inside).__name__))
+
+
+def is_torchs(code: CodeType) -> bool:
+    """Whether the code is torch's own, whose lines tell the user nothing."""
+    return code.co_filename.startswith(_TORCH)
 
 
 def location_of(code: CodeType) -> str:
@@ -56,7 +77,8 @@ def guarded_line(reason: str) -> str | None:
 
 def guard(text: str) -> str:
     """The guard in dynamo's words, without the compilation's number and where it comes from."""
-    condition = _COMPILATION.sub("", text.partition("User stack trace:")[0].strip())
+    condition = text.partition("User stack trace:")[0].partition("If this is unexpected")[0]
+    condition = _COMPILATION.sub("", condition.strip())
     return " ".join(_GUARDED_LINE.sub("", condition).split())
 
 
@@ -111,9 +133,9 @@ def backend_name(backend: Any) -> str:
         if inner is None:
             break
         backend = inner
-    for attribute in ("compiler_name", "__name__", "_torchdynamo_name"):
+    for attribute in ("compiler_name", "__name__"):
         if isinstance(name := getattr(backend, attribute, None), str):
-            return name
+            return standing_name() or name if name == "inductor" else name
     return str(getattr(getattr(backend, "func", None), "__name__", type(backend).__name__))
 
 

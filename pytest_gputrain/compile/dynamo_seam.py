@@ -32,6 +32,8 @@ class Attempt:
     """One compilation of one function, while it goes on."""
 
     code: CodeType
+    function: str
+    location: str
     compile_id: str
     moment: Moment
     called_from: str | None
@@ -47,7 +49,6 @@ class Watch:
         self._book = book
         self._local = threading.local()
         self._recompiled: dict[tuple[int, str, int], int] = {}
-        self._limits: dict[int, bool] = {}
 
     @property
     def _attempts(self) -> list[Attempt]:
@@ -61,7 +62,7 @@ class Watch:
         """Around ``_compile(code, …, compile_id=)``: one function, from its guards' failure to new guards."""
 
         def watched(code: CodeType, *args: Any, **kwargs: Any) -> Any:
-            attempt = Attempt(code, str(kwargs.get("compile_id")), self._book.moment, reading.calling_line())
+            attempt = self._begun(code, args, str(kwargs.get("compile_id")))
             self._attempts.append(attempt)
             started = time.perf_counter()
             try:
@@ -79,26 +80,34 @@ class Watch:
 
         return watched
 
+    def _begun(self, code: CodeType, args: tuple[Any, ...], compile_id: str) -> Attempt:
+        called_from = reading.calling_line()
+        closure = args[3] if len(args) > 3 else ()  # globals, locals, builtins, closure
+        torchs = called_from is not None and reading.is_torchs(code)
+        return Attempt(
+            code,
+            reading.function_of(code, closure),
+            str(called_from) if torchs else reading.location_of(code),
+            compile_id,
+            self._book.moment,
+            called_from,
+        )
+
     def _finished(self, attempt: Attempt, seconds: float) -> None:
-        code, moment = attempt.code, attempt.moment
-        place: dict[str, Any] = {
-            "function": reading.function_of(code),
-            "step": moment.step,
-            "phase": moment.phase,
-        }
+        place: dict[str, Any] = {"function": attempt.function, **attempt.moment._asdict()}
         reasons = tuple(map(reading.guard, attempt.reasons or ()))
         reason = reasons[0] if reasons else "Unable to find recompilation reasons"
         if attempt.limit is not None:
             kind, limit = attempt.limit
             self._book.limit_hits.append(
-                LimitHit(**place, location=reading.location_of(code), kind=kind, limit=limit, reason=reason)
+                LimitHit(**place, location=attempt.location, kind=kind, limit=limit, reason=reason)
             )
             return
         for graph in attempt.graphs:
             self._book.graphs.append(
                 Graph(
                     **place,
-                    location=reading.location_of(code),
+                    location=attempt.location,
                     compile_id=attempt.compile_id,
                     seconds=seconds,
                     **graph,
@@ -106,14 +115,14 @@ class Watch:
             )
         if attempt.reasons is None:
             return
+        code = attempt.code
         key = id(code), code.co_filename, code.co_firstlineno
         number = self._recompiled[key] = self._recompiled.get(key, 0) + 1
         self._book.recompiles.append(
             Recompile(
                 **place,
                 compile_id=attempt.compile_id,
-                location=(attempt.reasons and reading.guarded_line(attempt.reasons[0]))
-                or reading.location_of(code),
+                location=(attempt.reasons and reading.guarded_line(attempt.reasons[0])) or attempt.location,
                 called_from=attempt.called_from,
                 reason=reason,
                 reasons=reasons,
@@ -125,8 +134,8 @@ class Watch:
         self._book.raised(
             error,
             BackendError(
-                function=reading.function_of(attempt.code),
-                location=reading.stack_of(error) or reading.location_of(attempt.code),
+                function=attempt.function,
+                location=reading.stack_of(error) or attempt.location,
                 message=reading.said(error),
                 swallowed_by="the program",
                 step=attempt.moment.step,
@@ -236,7 +245,7 @@ class Watch:
         self._book.add_break(
             GraphBreak(
                 compile_id=attempt.compile_id,
-                function=reading.function_of(attempt.code),
+                function=attempt.function,
                 location=reading.broken_at(text),
                 reason=reading.break_reason(text),
                 step=attempt.moment.step,
