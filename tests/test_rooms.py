@@ -12,7 +12,16 @@ PACKAGE = Path(__file__).parent.parent / "pytest_gputrain"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 HEAVY = {"torch", "numpy", "pynvml", "transformers"}
 # Only ever imported inside a rank, or by a check at run time; the rest must import without torch.
-TORCH_AT_THE_TOP = ("reference/", "checks/", "trace/", "launch/", "memory/", "batch/probe", "compile/dynamo_")
+TORCH_AT_THE_TOP = (
+    "reference/",
+    "checks/",
+    "trace/",
+    "launch/",
+    "memory/",
+    "batch/probe",
+    "compile/dynamo_",
+    "tensor_parallel/golden",
+)
 
 
 def imports(path: Path, *, at_the_top: bool) -> Iterator[str]:

@@ -1,0 +1,1 @@
+"""Tensor parallel: plans, and the golden comparison with an independent single-process reference."""

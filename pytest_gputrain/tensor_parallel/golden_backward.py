@@ -1,0 +1,100 @@
+"""Every parameter's gradient against the reference's, and where they depart first, going backward.
+
+The one comparison that sees a missing backward reduction, a doubled one and a norm's gradient that is only
+a rank's part: forward, logits and loss are right in all of these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.tensor_parallel.golden_blame import blame
+from pytest_gputrain.tensor_parallel.golden_forward import judge
+from pytest_gputrain.tensor_parallel.golden_gradients import Gradients, compare_gradients
+from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError
+from pytest_gputrain.tensor_parallel.golden_outputs import ask
+from pytest_gputrain.tensor_parallel.golden_pair import Pair
+from pytest_gputrain.tensor_parallel.records import BackwardRecord, GradientRecord, InputRecord
+
+
+def compare_backward(
+    case: TrainingCase, mesh: Any, *, batch_size: int = 2, seed: int = SEED
+) -> BackwardRecord:
+    """Run on every rank of ``mesh``; returns the same record on all.
+
+    The loss of one batch of the case's own length, and ``backward()``. Raises ComparisonError where nothing
+    can be compared, and what the case's own code raises.
+    """
+    pair = Pair(case, mesh, seed=seed)
+    batch = pair.reference_batch(batch_size)
+    order = _arrivals(pair.reference)
+    golden = pair.ask_reference(batch, gradients=True)
+    wanted = Gradients.of(pair.reference, order)
+    if not wanted.total:
+        raise ComparisonError(
+            "the reference's gradients are all zero or missing, so that nothing can be compared"
+        )
+    pair.parallelize()
+    answer = ask(case, pair.parallel, batch, seed, gradients=True)
+    forward = judge(pair, batch, golden, answer)
+    records = compare_gradients(pair, wanted)
+    layers, layer, cause = blame(pair, batch, records)
+    return BackwardRecord(
+        world_size=pair.world.size,
+        forward=forward,
+        gradients=tuple(records),
+        weights=tuple(pair.weights.records),
+        layers=tuple(layers),
+        not_compared=tuple(_not_compared(pair, records)),
+        first_layer=layer,
+        first_cause=cause,
+        simulated=pair.world.simulated,
+        problem=pair.problem or pair.weights.problem or _problem(records, forward, layer, cause),
+        notes=tuple(pair.notes),
+    )
+
+
+def _arrivals(model: torch.nn.Module) -> list[str]:
+    """Names of parameters, filled in the order in which their gradients arrive."""
+    order: list[str] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    return order
+
+
+def _not_compared(pair: Pair, records: list[GradientRecord]) -> list[tuple[str, str]]:
+    known = {record.name for record in records}
+    return [
+        (record.name, record.problem or "not found in the parallel model")
+        for record in pair.weights.records
+        if record.name not in known
+    ]
+
+
+def _problem(
+    records: list[GradientRecord], forward: InputRecord, layer: str | None, cause: str
+) -> str | None:
+    wrong = [record for record in records if record.problem]
+    if not wrong:
+        return forward.problem and f"gradients agree, but {forward.problem}"
+    first = wrong[0]
+    if forward.problem:
+        before = f"{forward.problem}; and of the gradients "
+    else:
+        off = forward.difference.largest if forward.difference else 0.0
+        loss_off = max(abs(loss - forward.golden_loss) for loss in forward.losses)
+        before = f"logits agree ({off:.0e}), loss agrees ({loss_off:.0e}), but "
+        before = (
+            before if forward.output.startswith("logits") else before.replace("logits agree", "outputs agree")
+        )
+    where = layer or first.layer
+    more = f" ({len(wrong)} of {len(records)} gradients are wrong)"
+    why = f" ({cause})" if cause else ""
+    lines = [f"{before}{first.problem}{more}", f"  first layer to depart, going backward: {where}{why}"]
+    if first.difference is not None:
+        lines.append(f"  {first.difference}")
+    return "\n".join(lines)

@@ -1,0 +1,209 @@
+"""Gradients of the parallel model, whoever sharded it, against the reference's, each where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pytest_gputrain.tensor_parallel import golden_difference as apart
+from pytest_gputrain.tensor_parallel.golden_layout import Layout
+from pytest_gputrain.tensor_parallel.golden_model import parameters_of
+from pytest_gputrain.tensor_parallel.golden_pair import Pair
+from pytest_gputrain.tensor_parallel.golden_reasons import reason
+from pytest_gputrain.tensor_parallel.golden_weights import Held
+from pytest_gputrain.tensor_parallel.records import Difference, GradientRecord
+from pytest_gputrain.trace.names import owners
+
+_MOST_EXPLAINED = 8  # wrong parameters that are gathered to say why; the first ones say it
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The reference's, by name in the order in which backward reaches them. total: norm of all of them."""
+
+    by_name: dict[str, Any]
+    layers: dict[str, str]
+    total: float
+
+    @classmethod
+    def of(cls, model: nn.Module, order: list[str]) -> Gradients:
+        parameters = parameters_of(model)
+        found = {name: parameters[name].grad for name in dict.fromkeys(order) if name in parameters}
+        found |= {name: p.grad for name, p in parameters.items() if name not in found and p.requires_grad}
+        norms = [apart.norm(grad) for grad in found.values() if grad is not None]
+        layers = {name: owner.path for name, owner in owners(model).items()}
+        return cls(found, layers, sum(size * size for size in norms) ** 0.5)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What one rank has of one gradient: error by the reference's norm, and where it is largest."""
+
+    relative: float
+    difference: Difference | None
+    absolute: float
+
+
+def compare_gradients(pair: Pair, wanted: Gradients) -> list[GradientRecord]:
+    """Records of all trainable parameters found in the parallel model, in backward's order; collective."""
+    got = parallel_gradients(pair)
+    sizes = {name: apart.norm(grad) if grad is not None else 0.0 for name, grad in wanted.by_name.items()}
+    seen: dict[int, dict[str, _Seen]] = {
+        rank: {
+            name: _compare(pair, name, wanted, sizes[name], got[rank], rank)
+            for name in wanted.by_name
+            if pair.weights.holders(name)
+        }
+        for rank in pair.world.held
+    }
+    by_rank = pair.world.merged(seen)
+    missing = pair.world.merged({r: sorted(n for n, grad in got[r].items() if grad is None) for r in got})
+    records = [
+        _record(pair, name, wanted, sizes[name], [one[name] for one in by_rank], missing)
+        for name in wanted.by_name
+        if name in by_rank[0]
+    ]
+    return _explained(pair, wanted, records, got)
+
+
+def parallel_gradients(pair: Pair) -> dict[int, dict[str, Any]]:
+    """By rank held, every parallel parameter's gradient; a DTensor's is gathered. None: there is none."""
+    parameters = parameters_of(pair.parallel)
+    here = {name: parameter.grad is not None for name, parameter in parameters.items()}
+    by_rank = pair.world.merged(dict.fromkeys(pair.world.held, here))
+    got: dict[int, dict[str, Any]] = {rank: {} for rank in pair.world.held}
+    for name, parameter in parameters.items():
+        # Gathering is a collective: not unless every rank has something to give.
+        everywhere = all(one[name] for one in by_rank)
+        whole = pair.world.whole(parameter.grad) if everywhere else {}
+        if not everywhere and here[name]:
+            whole = pair.world.pieces(parameter.grad)
+        for rank in pair.world.held:
+            got[rank][name] = whole.get(rank)
+    return got
+
+
+def parts(
+    pair: Pair, name: str, golden: torch.Tensor, got: Mapping[str, Any], rank: int
+) -> list[tuple[torch.Tensor, torch.Tensor, Layout, int, int]]:
+    """(wanted, found, layout, start in the source, start of the found) of each piece that a rank has."""
+    pieces = []
+    for holder in pair.weights.holders(name):
+        held: Held = pair.weights.held[holder][rank]
+        if held.layout is None or got.get(holder) is None:
+            continue
+        grad = got[holder]
+        for segment in held.layout.segments:
+            if segment.source != name:
+                continue
+            source = golden.t() if held.layout.transposed else golden
+            if not source.dim():
+                pieces.append((source, grad, held.layout, 0, 0))
+                continue
+            at = (held.layout.dim, segment.source_start, segment.length)
+            found = grad.narrow(held.layout.dim, segment.start, segment.length)
+            pieces.append((source.narrow(*at), found, held.layout, segment.source_start, segment.start))
+    return pieces
+
+
+def _compare(
+    pair: Pair, name: str, wanted: Gradients, size: float, got: Mapping[str, Any], rank: int
+) -> _Seen:
+    golden = wanted.by_name[name]
+    if golden is None:
+        golden = torch.zeros_like(parameters_of(pair.reference)[name])
+    found = parts(pair, name, golden, got, rank)
+    squares, largest = 0.0, None
+    for one, other, layout, start, _ in found:
+        difference = apart.difference(one, other.to(one.device), rank)
+        squares += _square(one, other)
+        if largest is None or difference.largest > largest.largest:
+            largest = replace(difference, index=_in_source(difference.index, layout, start))
+    absolute = squares**0.5
+    if not found:  # nothing of it here, or no gradient: as good as zero
+        absolute = size if any(got.get(h) is None for h in pair.weights.holders(name)) else 0.0
+    return _Seen(absolute / size if size else (0.0 if not absolute else float("inf")), largest, absolute)
+
+
+def _square(one: torch.Tensor, other: torch.Tensor) -> float:
+    wide = torch.float64 if one.dtype == torch.float64 else torch.float32
+    delta = other.detach().to(one.device, wide) - one.to(wide)
+    value = apart.norm(delta)
+    return value * value if value == value else float("inf")
+
+
+def _in_source(index: tuple[int, ...], layout: Layout, start: int) -> tuple[int, ...]:
+    """The place in the reference's parameter of a place in one piece of it."""
+    if not index:
+        return index
+    moved = [i + (start if dim == layout.dim else 0) for dim, i in enumerate(index)]
+    return tuple(reversed(moved)) if layout.transposed else tuple(moved)
+
+
+def _record(
+    pair: Pair,
+    name: str,
+    wanted: Gradients,
+    size: float,
+    seen: list[_Seen],
+    missing: list[list[str]],
+) -> GradientRecord:
+    golden = wanted.by_name[name]
+    kind = next(record.kind for record in pair.weights.records if record.name == name)
+    dtype = parameters_of(pair.reference)[name].dtype
+    allowed = apart.tolerance(apart.GRADIENT_TOLERANCE, dtype)
+    # Below this the difference is rounding beside what the whole backward adds up.
+    floor = apart.NEGLIGIBLE * torch.finfo(dtype).eps * wanted.total
+    worst = max(seen, key=lambda one: (one.absolute, one.relative))
+    negligible = size <= floor
+    wrong = not worst.absolute <= (floor if negligible else max(allowed * size, floor))
+    problem = None
+    if wrong:
+        problem = _problem(pair, name, golden, worst, missing)
+    return GradientRecord(
+        name=name,
+        layer=wanted.layers.get(name, name.rpartition(".")[0]),
+        kind=kind,
+        relative=worst.relative,
+        tolerance=allowed,
+        by_rank=tuple(one.relative for one in seen),
+        difference=worst.difference,
+        negligible=negligible,
+        problem=problem,
+    )
+
+
+def _problem(pair: Pair, name: str, golden: Any, worst: _Seen, missing: list[list[str]]) -> str:
+    holders = pair.weights.holders(name)
+    without = [rank for rank, names in enumerate(missing) if any(holder in names for holder in holders)]
+    if without:
+        where = "any rank" if len(without) == len(missing) else f"rank {', '.join(map(str, without))}"
+        return f"{name} has no gradient on {where}"
+    if golden is None or worst.relative == float("inf"):
+        return f"{name}.grad is not zero or not finite, unlike the reference's"
+    return f"{name}.grad is off by {percent(worst.relative)}"
+
+
+def percent(relative: float) -> str:
+    """57 %, 0.3 %, 0.02 %: two digits that count."""
+    return f"{100 * relative:.2g} %" if relative < 10 else f"a factor of {relative:.3g}"
+
+
+def _explained(
+    pair: Pair, wanted: Gradients, records: list[GradientRecord], got: dict[int, dict[str, Any]]
+) -> list[GradientRecord]:
+    """The first wrong ones with what explains them; collective."""
+    left = _MOST_EXPLAINED
+    explained = []
+    for record in records:
+        golden = wanted.by_name[record.name]
+        if record.problem and left and golden is not None:
+            left -= 1
+            own = {rank: parts(pair, record.name, golden, got[rank], rank) for rank in pair.world.held}
+            record = replace(record, cause=reason(pair, record, golden, own))
+        explained.append(record)
+    return explained

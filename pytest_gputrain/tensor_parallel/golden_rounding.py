@@ -1,0 +1,53 @@
+"""How much of a difference the reference's own precision explains: its distance from itself in float64.
+
+Only asked where a difference is more than the fixed tolerance, since it needs a second reference.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_gputrain.case import pytree
+from pytest_gputrain.tensor_parallel import golden_difference as apart
+from pytest_gputrain.tensor_parallel.golden_outputs import Answer, ask
+
+if TYPE_CHECKING:
+    from pytest_gputrain.tensor_parallel.golden_pair import Pair
+
+# Ranks round their partial sums once more, and differently; a bug is hundreds of times the rounding.
+FACTOR = 4.0
+# However ill-conditioned a model is, a difference of this share of the largest output is none of rounding's.
+MOST = {"float64": 1e-8, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+def output_rounding(pair: Pair, batch: Any, label: str) -> float:
+    """The absolute tolerance that the reference's own rounding of this output explains; 0.0 if unknown."""
+    exact = _exactly(pair, batch)
+    with pair.world.alone():
+        answer = ask(pair.case, pair.reference, batch, pair.seed)
+    if exact is None or len(exact.outputs) != len(answer.outputs):
+        return 0.0
+    explained = 0.0
+    for (_, rounded), (_, wanted) in zip(answer.outputs, exact.outputs, strict=True):
+        if rounded.shape == wanted.shape and rounded.numel():
+            off = float((rounded.double() - wanted.double()).abs().max())
+            most = apart.tolerance(MOST, rounded.dtype) * float(wanted.abs().max())
+            explained = max(explained, min(FACTOR * off, most))
+    return explained if explained == explained else 0.0
+
+
+def _exactly(pair: Pair, batch: Any) -> Answer | None:
+    """The reference in float64; None where its code does not run in that."""
+    with pair.world.alone():
+        try:
+            exact = copy.deepcopy(pair.reference).double()
+            return ask(pair.case, exact, pytree.map_tensors(_double, batch), pair.seed)
+        except Exception:
+            return None
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor

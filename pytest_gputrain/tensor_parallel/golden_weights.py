@@ -1,0 +1,182 @@
+"""Which of the parallel model's parameters hold what of the reference's, on which rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from pytest_gputrain.tensor_parallel import golden_difference as apart
+from pytest_gputrain.tensor_parallel.golden_coverage import weight_record
+from pytest_gputrain.tensor_parallel.golden_layout import Layout, Segment, lay
+from pytest_gputrain.tensor_parallel.golden_model import ComparisonError, aliases, parameters_of
+from pytest_gputrain.tensor_parallel.golden_world import Pieces, World, is_dtensor
+from pytest_gputrain.tensor_parallel.records import WeightRecord
+
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter of the parallel model on one rank. layout: of the whole tensor where it is a DTensor.
+
+    off: how far the values are from the reference's, relative; 0.0 for equal bits, None if nothing fits.
+    """
+
+    layout: Layout | None
+    local_shape: tuple[int, ...]
+    whole_shape: tuple[int, ...]
+    off: float | None
+    sharded: bool = False
+    is_dtensor: bool = False
+    trainable: bool = True
+
+
+@dataclass
+class Weights:
+    """held: by parallel name, by rank, of all ranks. records: by the reference's parameters, in their order.
+
+    tied: parameters that are one in the reference, by its first name; untied: those of them that are several
+    in the parallel model, with their names there.
+    """
+
+    held: dict[str, list[Held]] = field(default_factory=dict)
+    records: list[WeightRecord] = field(default_factory=list)
+    tied: dict[str, list[str]] = field(default_factory=dict)
+    untied: dict[str, list[str]] = field(default_factory=dict)
+
+    def holders(self, source: str) -> list[str]:
+        """The parallel parameters that hold something of the reference's parameter, on any rank."""
+        return [
+            name
+            for name, by_rank in self.held.items()
+            if any(s.source == source for held in by_rank if held.layout for s in held.layout.segments)
+        ]
+
+    @property
+    def problem(self) -> str | None:
+        """The first parameter that is not the reference's."""
+        wrong = [record for record in self.records if record.problem]
+        if not wrong:
+            return None
+        more = f" (and {len(wrong) - 1} more of {len(self.records)} parameters)" if len(wrong) > 1 else ""
+        return f"{wrong[0].problem}{more}"
+
+
+def find_weights(reference: nn.Module, parallel: nn.Module, world: World) -> Weights:
+    """All parameters right after parallelizing; collective. Raises ComparisonError if ranks disagree."""
+    golden = {name: p.detach() for name, p in parameters_of(reference).items()}
+    other_names = {alias: first for first, names in aliases(reference).items() for alias in names}
+    parameters = parameters_of(parallel)
+    _same_names(list(parameters), world)
+    weights = Weights(tied=aliases(reference))
+    left = dict(golden)
+    pending = []
+    for name, parameter in parameters.items():
+        source = _by_name(name, golden, other_names)
+        held = _held(parameter, {source: golden[source]} if source else {}, world)
+        weights.held[name] = held
+        if any(one.layout is None or one.off for one in held):
+            pending.append(name)
+        elif source:
+            left.pop(source, None)
+    for name in pending:
+        # Renamed or fused: among all that nobody has claimed by name.
+        found = _held(parameters[name], left, world)
+        if all(one.layout is not None and not one.off for one in found):
+            weights.held[name] = found
+    for name, parameter in golden.items():
+        weights.records.append(weight_record(name, parameter, weights, _trainable(reference, name)))
+    weights.untied = {first: holders for first in weights.tied if len(holders := weights.holders(first)) > 1}
+    return weights
+
+
+def _trainable(model: nn.Module, name: str) -> bool:
+    return bool(parameters_of(model)[name].requires_grad)
+
+
+def _same_names(names: list[str], world: World) -> None:
+    by_rank = world.merged(dict.fromkeys(world.held, names))
+    for rank, other in enumerate(by_rank):
+        if other != by_rank[0]:
+            only = sorted(set(other) ^ set(by_rank[0]))
+            what = f": {', '.join(only[:4])}" if only else " in another order"
+            raise ComparisonError(
+                f"after parallelize rank 0 has {len(by_rank[0])} parameters and rank {rank} {len(other)}, "
+                f"not the same ones{what}; all ranks of a tensor-parallel model have the same modules"
+            )
+
+
+def _by_name(name: str, golden: Mapping[str, Any], other_names: Mapping[str, str]) -> str | None:
+    """The reference's parameter of that name, or the one whose name ends alike (a wrapper put before it)."""
+    if name in golden:
+        return name
+    if name in other_names:
+        return other_names[name]
+    alike = [one for one in golden if name.endswith(f".{one}") or one.endswith(f".{name}")]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _held(parameter: Any, sources: Mapping[str, torch.Tensor], world: World) -> list[Held]:
+    """By rank, of all ranks; collective."""
+    pieces, whole = world.pieces(parameter), world.whole(parameter)
+    shapes = world.merged({rank: tuple(one.shape) for rank, one in whole.items()})
+    own = {}
+    for rank in world.held:
+        layout, off = _match(whole, rank, sources, shapes)
+        own[rank] = Held(
+            layout,
+            tuple(pieces[rank].shape),
+            tuple(whole[rank].shape),
+            off,
+            sharded=_is_sharded(parameter),
+            is_dtensor=is_dtensor(parameter),
+            trainable=bool(parameter.requires_grad),
+        )
+    return world.merged(own)
+
+
+def _is_sharded(parameter: Any) -> bool:
+    return is_dtensor(parameter) and any(placement.is_shard() for placement in parameter.placements)
+
+
+def _match(
+    whole: Pieces, rank: int, sources: Mapping[str, torch.Tensor], shapes: list[tuple[int, ...]]
+) -> tuple[Layout | None, float | None]:
+    """The layout, and how far its values are off."""
+    own = whole[rank]
+    for name, source in sources.items():
+        if source.shape == own.shape and source.dtype == own.dtype and torch.equal(source, own):
+            return _all_of(name, own), 0.0
+    layout = lay(own, sources)
+    if layout is not None:
+        return layout, 0.0
+    if len(sources) == 1:
+        name, source = next(iter(sources.items()))
+        return _by_shape(name, source, own, rank, shapes)
+    return None, None
+
+
+def _all_of(name: str, own: torch.Tensor) -> Layout:
+    length = own.shape[0] if own.dim() else 1
+    return Layout(0, False, (Segment(0, length, name, 0),))
+
+
+def _by_shape(
+    name: str, source: torch.Tensor, own: torch.Tensor, rank: int, shapes: list[tuple[int, ...]]
+) -> tuple[Layout | None, float | None]:
+    """Other values than the reference's: the part that a rank of that shape would have."""
+    if source.shape == own.shape:
+        return _all_of(name, own), apart.difference(source.to(own.dtype), own).relative
+    if source.dim() != own.dim():
+        return None, None
+    cut = [d for d in range(own.dim()) if source.shape[d] != own.shape[d]]
+    if len(cut) != 1:
+        return None, None
+    dim = cut[0]
+    start = sum(shape[dim] for shape in shapes[:rank]) % source.shape[dim]
+    length = min(own.shape[dim], source.shape[dim] - start)
+    layout = Layout(dim, False, (Segment(0, length, name, start),))
+    wanted = source.narrow(dim, start, length).to(own.dtype)
+    return layout, apart.difference(wanted, own.narrow(dim, 0, length)).relative

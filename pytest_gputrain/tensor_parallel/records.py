@@ -1,0 +1,182 @@
+"""What the golden comparison of a tensor-parallel model found, as plain records. Imports no torch.
+
+Every record is the same on all ranks of a launch: what ranks saw is merged before a record is made. Its
+``problem`` is the first line of a failure, ``None`` where nothing is wrong; ``notes`` are worth saying and
+no failure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where two tensors of one shape are farthest apart.
+
+    largest: absolute; index: where; golden, parallel: the two values there; rank: who holds the second.
+    relative: norm of the difference over norm of the golden tensor, ``inf`` where that is zero.
+    beyond: the largest amount by which an element leaves ``absolute + relative x |golden|`` at tolerance 1.
+    """
+
+    largest: float
+    index: Shape
+    golden: float
+    parallel: float
+    relative: float
+    rank: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"Largest absolute diff at {self.index}: Golden={self.golden:.7g}, TP={self.parallel:.7g} "
+            f"(rank {self.rank})"
+        )
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """How one parameter of the reference lies on the ranks, found by its content right after parallelizing.
+
+    kind: ``replicated``, ``sharded`` (each position on one rank), ``partly replicated`` (some on several) or
+    ``not found``. dim: the dimension it is cut on, in the reference's shape; None where it is whole.
+    local_shapes: by rank; () where a rank has none of it. padding: positions of the parallel parameter that
+    are no position of the reference. held_as: its names in the parallel model.
+    problem: a missing shard, other values than the reference's, or ranks that differ.
+    """
+
+    name: str
+    shape: Shape
+    kind: str
+    dim: int | None
+    local_shapes: tuple[Shape, ...]
+    held_as: tuple[str, ...] = ()
+    padding: int = 0
+    is_dtensor: bool = False
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class InputRecord:
+    """One input: what the reference and the parallel model made of it.
+
+    input_shape: of the batch's first tensor. output: which of the model's outputs was compared, ``logits``
+    or its path. gathered: the dimension on which ranks had parts of it, None where each had all of it.
+    nonfinite: NaN and Inf elements in the golden and in the parallel output. losses: by rank.
+    """
+
+    input_shape: Shape
+    output: str
+    golden_shape: Shape
+    parallel_shape: Shape
+    golden_dtype: str
+    parallel_dtype: str
+    nonfinite: tuple[int, int]
+    difference: Difference | None
+    tolerance: float
+    golden_loss: float
+    losses: tuple[float, ...]
+    loss_tolerance: float
+    gathered: int | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class ForwardRecord:
+    """Outputs and losses against the reference's, over several inputs."""
+
+    world_size: int
+    inputs: tuple[InputRecord, ...]
+    weights: tuple[WeightRecord, ...]
+    simulated: bool = False
+    problem: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> float:
+        """The largest absolute difference of any output; NaN never wins, it is a problem of its own."""
+        return max((one.difference.largest for one in self.inputs if one.difference), default=0.0)
+
+    @property
+    def worst_loss(self) -> float:
+        """The largest absolute difference of any rank's loss."""
+        return max((abs(loss - one.golden_loss) for one in self.inputs for loss in one.losses), default=0.0)
+
+
+@dataclass(frozen=True)
+class GradientRecord:
+    """One parameter's gradient. Records come in the order in which the reference's backward reaches them.
+
+    layer: the module that holds the parameter; kind: as in `WeightRecord`. relative: norm of the difference
+    over norm of the golden gradient, the worst over ranks; tolerance: what it may be. negligible: the golden
+    gradient is nothing but rounding beside the whole (a key's bias before a softmax), so that only a
+    difference that matters to the whole counts. cause: what explains a wrong one, ``""`` where nothing does.
+    """
+
+    name: str
+    layer: str
+    kind: str
+    relative: float
+    tolerance: float
+    by_rank: tuple[float, ...] = ()
+    difference: Difference | None = None
+    negligible: bool = False
+    problem: str | None = None
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One module on the way back: how far its output's and its input's gradient are from the reference's.
+
+    None where they cannot be compared (a sharded activation of a hand-written layer).
+    """
+
+    name: str
+    output_gradient: float | None
+    input_gradient: float | None
+    cause: str = ""
+
+
+@dataclass(frozen=True)
+class BackwardRecord:
+    """Every parameter's gradient against the reference's.
+
+    first_layer: where gradients depart first, going backward, and ``first_cause`` why, where that is known.
+    not_compared: parameters of the reference whose gradient could not be compared, with the reason.
+    """
+
+    world_size: int
+    forward: InputRecord
+    gradients: tuple[GradientRecord, ...]
+    weights: tuple[WeightRecord, ...]
+    layers: tuple[LayerRecord, ...] = ()
+    not_compared: tuple[tuple[str, str], ...] = ()
+    first_layer: str | None = None
+    first_cause: str = ""
+    simulated: bool = False
+    problem: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def wrong(self) -> tuple[GradientRecord, ...]:
+        return tuple(one for one in self.gradients if one.problem)
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error of a gradient that is not negligible."""
+        return max((one.relative for one in self.gradients if not one.negligible), default=0.0)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What makes a comparison worth nothing, or what it could not see. where: a module or parameter."""
+
+    kind: str
+    where: str
+    message: str
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message

@@ -1,0 +1,202 @@
+"""Small models made parallel twice: by torch's plans, and by hand as Megatron does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pytest_gputrain import TrainingCase
+
+WIDTH, HEADS, VOCABULARY, LENGTH, DEPTH = 16, 4, 32, 20, 2
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = HEADS
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (
+            layer(x).view(batch, length, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        mask = torch.full((length, length), -1e9, device=x.device, dtype=x.dtype).triu(1)
+        weights = (q @ k.transpose(-1, -2) * (WIDTH // HEADS) ** -0.5 + mask).softmax(-1)
+        mixed: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
+        return mixed
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(F.gelu(self.up(x)))
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = nn.LayerNorm(WIDTH), Attention()
+        self.mlp_norm, self.mlp = nn.LayerNorm(WIDTH), MLP()
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        out: Tensor = x + self.dropout(self.mlp(self.mlp_norm(x)))
+        return out
+
+
+class Transformer(nn.Module):
+    """Tokens (batch, length) -> logits. The head is the embedding's weight where ``tied``."""
+
+    def __init__(self, tied: bool = False, vocabulary: int = VOCABULARY) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, WIDTH)
+        self.position = nn.Embedding(LENGTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def draw(batch_size: int, device: Any) -> dict[str, Tensor]:
+    tokens = torch.randint(VOCABULARY, (batch_size, LENGTH + 1))
+    return {"inputs": tokens[:, :-1].to(device), "targets": tokens[:, 1:].to(device)}
+
+
+def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch["inputs"]).flatten(0, 1), batch["targets"].flatten())
+
+
+def case(parallelize: Any, *, model: Any = Transformer, **fields: Any) -> TrainingCase:
+    return TrainingCase(name="small", model=model, batch=draw, loss=loss, parallelize=parallelize, **fields)
+
+
+# --- by torch's plans
+
+
+def by_plan(model: Any, mesh: Any) -> Any:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan: dict[str, Any] = {"head": ColwiseParallel(output_layouts=_replicate())}
+    for index, block in enumerate(model.blocks):
+        at = f"blocks.{index}"
+        plan |= {f"{at}.attention.{name}": ColwiseParallel() for name in "qkv"}
+        plan |= {f"{at}.attention.out": RowwiseParallel(), f"{at}.mlp.up": ColwiseParallel()}
+        plan |= {f"{at}.mlp.down": RowwiseParallel()}
+        block.attention.heads = HEADS // mesh.size()
+    return parallelize_module(model, mesh, plan)
+
+
+def _replicate() -> Any:
+    from torch.distributed.tensor import Replicate
+
+    return Replicate()
+
+
+# --- by hand
+
+
+class Copy(torch.autograd.Function):
+    """Megatron's f: the same forward, summed backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class Reduce(torch.autograd.Function):
+    """Megatron's g: summed forward, the same backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Gather(torch.autograd.Function):
+    """Joined on the last dimension forward, the own part backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.chunk(dist.get_world_size(), -1)[dist.get_rank()]
+
+
+class Column(nn.Module):
+    def __init__(self, whole: nn.Linear, *, copy: bool = True, gather: bool = False) -> None:
+        super().__init__()
+        rank, size = dist.get_rank(), dist.get_world_size()
+        self.copy, self.gather = copy, gather
+        self.weight = nn.Parameter(whole.weight.detach().chunk(size)[rank].clone())
+        self.bias = None
+        if whole.bias is not None:
+            self.bias = nn.Parameter(whole.bias.detach().chunk(size)[rank].clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = Copy.apply(x) if self.copy else x  # type: ignore[no-untyped-call]
+        x = F.linear(x, self.weight, self.bias)
+        out: Tensor = Gather.apply(x) if self.gather else x  # type: ignore[no-untyped-call]
+        return out
+
+
+class Row(nn.Module):
+    def __init__(self, whole: nn.Linear, *, bias_everywhere: bool = False, reduce: bool = True) -> None:
+        super().__init__()
+        rank, size = dist.get_rank(), dist.get_world_size()
+        self.bias_everywhere, self.reduce = bias_everywhere, reduce
+        self.weight = nn.Parameter(whole.weight.detach().chunk(size, 1)[rank].clone())
+        self.bias = nn.Parameter(whole.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias if self.bias_everywhere else None)
+        if self.reduce:
+            out = Reduce.apply(out)  # type: ignore[no-untyped-call]
+        return out if self.bias_everywhere else out + self.bias
+
+
+def by_hand(model: Any, mesh: Any, **changes: Any) -> Any:
+    """Column and row layers in place of the linear ones; ``changes`` by layer name, for what is planted."""
+    size = dist.get_world_size()
+    for block in model.blocks:
+        attention, mlp = block.attention, block.mlp
+        for name in "qkv":
+            setattr(attention, name, Column(getattr(attention, name), **changes.get(name, {})))
+        attention.out = Row(attention.out, **changes.get("out", {}))
+        attention.heads = HEADS // size
+        mlp.up, mlp.down = Column(mlp.up, **changes.get("up", {})), Row(mlp.down, **changes.get("down", {}))
+    model.head = Column(model.head, gather=True, **changes.get("head", {}))
+    return model
