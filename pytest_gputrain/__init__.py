@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from pytest_gputrain.memory.errors import OutOfMemory
     from pytest_gputrain.memory.estimate import estimate_memory
     from pytest_gputrain.memory.predict import predict_maximum, predict_peak_memory
+    from pytest_gputrain.tensor_parallel.plan import tp_plan_for
 
     distributed: pytest.MarkDecorator
     requires_gpus: pytest.MarkDecorator
@@ -81,6 +82,7 @@ _LAZY = {
     "estimate_memory": "memory.estimate",
     "predict_maximum": "memory.predict",
     "predict_peak_memory": "memory.predict",
+    "tp_plan_for": "tensor_parallel.plan",
 }
 _ROOMS = ("launch",)
 _MARKERS = ("distributed", "requires_gpus", "stability")
@@ -127,6 +129,7 @@ __all__ = [
     "requires_gpus",
     "run_checks",
     "stability",
+    "tp_plan_for",
     "world_size",
 ]
 

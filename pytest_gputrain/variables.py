@@ -38,6 +38,8 @@ NAMES = (
     "GPUTRAIN_TRACE_MODULE_BWD",
     "GPUTRAIN_WATCHDOG",
     "GPUTRAIN_WATCHDOG_SECONDS",
+    # Weights for the reference OPT-125M: `reference/opt125m.py`.
+    "GPUTRAIN_OPT_WEIGHTS",
     # The mark of a launch's processes, which a rank that launches again has in its environment.
     "GPUTRAIN_LAUNCH",
 )

@@ -21,6 +21,9 @@ TORCH_AT_THE_TOP = (
     "batch/probe",
     "compile/dynamo_",
     "tensor_parallel/golden",
+    "tensor_parallel/finish",
+    "tensor_parallel/local",
+    "tensor_parallel/styles",
 )
 
 

@@ -76,6 +76,7 @@ def gpt_case(depth: int = 2, *, name: str | None = None, **config: Any) -> Train
         batch=partial(draw, chosen),
         loss=loss,
         set_checkpointing=set_checkpointing,
+        parallelize="pytest_gputrain.tensor_parallel:parallelize",
     )
 
 

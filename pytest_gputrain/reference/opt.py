@@ -29,6 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
     # The published facebook/opt-125m, which is what OPTConfig() gives.
     "opt-125m": {},
+    "opt-125m-50257": {"vocab_size": 50257},
 }
 
 
@@ -73,6 +74,7 @@ def opt_case(size: str = "opt-tiny", *, name: str | None = None) -> TrainingCase
         batch=partial(draw, size),
         loss=loss,
         set_checkpointing=set_checkpointing,
+        parallelize="pytest_gputrain.tensor_parallel:parallelize",
     )
 
 

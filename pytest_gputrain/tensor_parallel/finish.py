@@ -1,0 +1,46 @@
+"""What a plan leaves undone: parameters that it does not name, and where gradients end up."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from pytest_gputrain.tensor_parallel.styles import Replicated
+
+
+def replicate_rest(model: nn.Module, mesh: DeviceMesh, head_norms: Collection[nn.Module]) -> None:
+    """Every parameter that is still plain becomes a replicated DTensor; its module computes on local tensors.
+
+    head_norms: norms that see this rank's heads, whose gradients are therefore summed over the ranks.
+
+    Left plain are the parameters of ``nn.MultiheadAttention``, whose forward reads those of its children.
+    """
+    shared = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    left = {id(below) for module in shared for below in module.modules()}
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False))
+        if parameters and id(module) not in left and not any(isinstance(p, DTensor) for p in parameters):
+            Replicated(summed=module in head_norms)._apply(module, mesh)
+
+
+def settle_gradients(model: nn.Module) -> None:
+    """Let every gradient arrive in its parameter's placement.
+
+    Without this, DTensor leaves sums over ranks pending (a norm under sequence parallel) and the gradient of
+    a sharded embedding whole on every rank.
+    """
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor) and parameter.requires_grad:
+            register: Any = parameter.register_hook
+            register(partial(_settled, parameter.placements))
+
+
+def _settled(placements: Any, gradient: Tensor) -> Tensor:
+    if isinstance(gradient, DTensor) and gradient.placements != placements:
+        return gradient.redistribute(placements=placements)
+    return gradient

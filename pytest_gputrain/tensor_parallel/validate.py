@@ -1,0 +1,221 @@
+"""What is wrong with a plan, told in one line before any rank starts.
+
+Works on shapes only: give it a model on the meta device and it costs neither memory nor time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from pytest_gputrain.tensor_parallel import heads, roles
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def validate_mesh(shape: Sequence[int], world_size: int) -> None:
+    """Raises ValueError where a mesh of this shape needs another number of ranks than there are."""
+    needed = math.prod(shape)
+    if needed != world_size or min(shape, default=0) < 1:
+        written = " x ".join(str(size) for size in shape)
+        arithmetic = f"{written} = {needed}" if len(shape) > 1 else written
+        raise ValueError(
+            f"a mesh of {arithmetic} needs {needed} ranks, and there are {world_size}; "
+            f"give a shape whose product is {world_size}"
+        )
+
+
+def validate_plan(model: nn.Module, plan: Mapping[str, Any], world_size: int) -> None:
+    """Raises ValueError, one line, for the first entry of the plan that cannot be carried out on so many
+    ranks.
+
+    world_size: ranks of the tensor-parallel dimension. Keys may have torch's wildcards (``layers.*.fc1``).
+    """
+    modules = dict(model.named_modules())
+    resolved = resolve(modules, plan)
+    for name, style in resolved.items():
+        _style_fits(name, modules[name], style)
+    for block in roles.blocks(modules):
+        if block.kind == "attention":
+            _heads_divide(block, modules, resolved, world_size)
+    for name, style in resolved.items():
+        _width_divides(name, modules[name], style, world_size)
+    _ties_agree(model, resolved)
+
+
+def resolve(modules: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Module name -> style, wildcards spelled out; a later entry wins. Raises ValueError for a name not
+    there.
+    """
+    if not plan:
+        raise ValueError(
+            "the tensor-parallel plan is empty; give module name -> style, or use tp_plan_for(model)"
+        )
+    resolved: dict[str, Any] = {}
+    for pattern, style in plan.items():
+        if not isinstance(pattern, str):
+            raise ValueError(f"the plan has the key {pattern!r}; legal is a module's name as text")
+        found = list(_matching(modules, pattern))
+        if not found:
+            raise ValueError(_not_there(modules, pattern))
+        resolved.update(dict.fromkeys(found, style))
+    return resolved
+
+
+def _matching(modules: Mapping[str, Any], pattern: str) -> Iterator[str]:
+    parts = pattern.split(".")
+    for name in modules:
+        names = name.split(".")
+        # A part at a time, as torch matches: "*" is one step of the path.
+        if len(names) == len(parts) and all(map(fnmatchcase, names, parts)):
+            yield name
+
+
+def _not_there(modules: Mapping[str, Any], pattern: str) -> str:
+    last = pattern.rpartition(".")[2]
+    near = difflib.get_close_matches(pattern, modules, n=3, cutoff=0.6)
+    near = near or [name for name in modules if name.rpartition(".")[2] == last][:3]
+    children = [name for name in modules if name and "." not in name]
+    way_out = f"near: {', '.join(near)}" if near else f"the model's own are {', '.join(children) or 'none'}"
+    return f"the plan names {pattern!r}, and the model has no such module; {way_out}"
+
+
+def _style_fits(name: str, module: Any, style: Any) -> None:
+    from torch import nn
+    from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
+
+    if not isinstance(style, ParallelStyle):
+        raise ValueError(
+            f"the plan gives {name!r} {style!r} ({type(style).__name__}); legal is a ParallelStyle of "
+            f"torch, as "
+            "ColwiseParallel()"
+        )
+    needs_matrix = isinstance(style, ColwiseParallel | RowwiseParallel)
+    if needs_matrix and not isinstance(module, nn.Linear | nn.Embedding):
+        raise ValueError(
+            f"the plan gives {name!r}, a {type(module).__name__}, the style {type(style).__name__}; that "
+            f"style "
+            "fits Linear and Embedding"
+        )
+
+
+def _heads_divide(
+    block: roles.Block, modules: Mapping[str, Any], plan: Mapping[str, Any], world_size: int
+) -> None:
+    found = sharded_heads(block, modules, plan)
+    if found is None:
+        return
+    if found.query % world_size:
+        raise ValueError(
+            f"{block.owner} has {found.query} heads, not divisible by "
+            f"{_arithmetic(found.query, world_size)}; {_legal(found.query)}"
+        )
+    replicates = hasattr(plan[block.columns[1]], "is_divided")
+    if found.key_value % world_size == 0 or (replicates and world_size % found.key_value == 0):
+        return
+    raise ValueError(
+        f"{block.owner} has {found.key_value} key-value heads, not divisible by "
+        f"{_arithmetic(found.key_value, world_size)}"
+        + (
+            f", and {world_size} ranks are no multiple of {found.key_value} heads; {_legal(found.key_value)}"
+            if replicates
+            else f"; {_legal(found.key_value)}, or replicate them: tp_plan_for(model) does"
+        )
+    )
+
+
+def sharded_heads(
+    block: roles.Block, modules: Mapping[str, Any], plan: Mapping[str, Any]
+) -> heads.Heads | None:
+    """The heads of an attention whose module sees local queries under this plan, and so has to be divided."""
+    from torch.distributed.tensor.parallel import ColwiseParallel
+
+    query, key, _ = block.columns
+    style = plan.get(query)
+    # Queries that stay a DTensor, or are gathered, have the whole number of heads.
+    if not isinstance(style, ColwiseParallel) or not style.use_local_output:
+        return None
+    if not style.output_layouts[0].is_shard():
+        return None
+    return heads.count(modules[block.owner], modules[query].out_features, modules[key].out_features)
+
+
+def _width_divides(name: str, module: Any, style: Any, world_size: int) -> None:
+    from torch import nn
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    if isinstance(module, nn.Embedding):
+        if isinstance(style, RowwiseParallel):
+            _no_empty_shard(name, "rows", module.num_embeddings, world_size)
+        elif isinstance(style, ColwiseParallel):
+            _divides(name, "embedding channels", module.embedding_dim, world_size)
+    elif hasattr(style, "is_divided"):
+        return
+    elif isinstance(style, RowwiseParallel):
+        _divides(name, "input features", module.in_features, world_size)
+    elif isinstance(style, ColwiseParallel):
+        # Gathered or kept as a DTensor, an output may have shards of different sizes: a vocabulary of 50257.
+        if style.use_local_output and style.output_layouts[0].is_shard():
+            _divides(name, "output features", module.out_features, world_size)
+        else:
+            _no_empty_shard(name, "output features", module.out_features, world_size)
+
+
+def _divides(name: str, what: str, size: int, world_size: int) -> None:
+    if size % world_size:
+        raise ValueError(
+            f"{name} has {size} {what}, not divisible by {_arithmetic(size, world_size)}; {_legal(size)}"
+        )
+
+
+def _no_empty_shard(name: str, what: str, size: int, world_size: int) -> None:
+    shard = -(-size // world_size)
+    if shard * (world_size - 1) >= size:
+        raise ValueError(
+            f"{name} has {size} {what}: shards of {shard} leave nothing for the last of {world_size} ranks "
+            f"({world_size - 1} x {shard} = {shard * (world_size - 1)}); give fewer ranks"
+        )
+
+
+def _arithmetic(size: int, world_size: int) -> str:
+    return f"{world_size} ranks ({size} = {size // world_size} x {world_size} + {size % world_size})"
+
+
+def _legal(size: int) -> str:
+    divisors = [str(number) for number in range(1, min(size, 64) + 1) if size % number == 0]
+    return f"legal numbers of ranks: {', '.join(divisors)}"
+
+
+def _ties_agree(model: nn.Module, plan: Mapping[str, Any]) -> None:
+    from pytest_gputrain.tensor_parallel import ties
+
+    for tie in ties.find(model):
+        found = {
+            name: _sharded_dimension(model.get_submodule(name), plan.get(name)) for name, _ in tie.places
+        }
+        if len(set(found.values())) > 1:
+            told = "; ".join(
+                f"{name}: {'whole' if dimension is None else f'dimension {dimension}'}"
+                for name, dimension in found.items()
+            )
+            raise ValueError(
+                f"{' and '.join(tie.names())} are one tied parameter, and the plan shards it differently "
+                f"({told}); give them the same dimension, as RowwiseParallel on the embedding and "
+                "ColwiseParallel on the head"
+            )
+
+
+def _sharded_dimension(module: Any, style: Any) -> int | None:
+    """The dimension on which the style shards the module's weight; None where it stays whole."""
+    from torch import nn
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    if isinstance(style, ColwiseParallel):
+        return 1 if isinstance(module, nn.Embedding) else 0
+    if isinstance(style, RowwiseParallel):
+        return 0 if isinstance(module, nn.Embedding) else 1
+    return None
