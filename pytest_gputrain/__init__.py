@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from pytest_gputrain.case import TrainingCase
     from pytest_gputrain.checks import CheckResult, parametrize_with_checks, run_checks
     from pytest_gputrain.compile.monitor import compile_monitor
+    from pytest_gputrain.compile.validation import validation
     from pytest_gputrain.launch import Cause, LaunchError, LaunchResult, Verdict
     from pytest_gputrain.launch.launcher import launch
     from pytest_gputrain.memory.errors import OutOfMemory
@@ -69,6 +70,7 @@ _LAZY = {
     "discover_batch_size": "batch.discover",
     "find_batch": "batch.discovery",
     "compile_monitor": "compile.monitor",
+    "validation": "compile.validation",
     "CheckResult": "checks",
     "parametrize_with_checks": "checks",
     "run_checks": "checks",
@@ -130,6 +132,7 @@ __all__ = [
     "run_checks",
     "stability",
     "tp_plan_for",
+    "validation",
     "world_size",
 ]
 

@@ -40,6 +40,8 @@ NAMES = (
     "GPUTRAIN_WATCHDOG_SECONDS",
     # Weights for the reference OPT-125M: `reference/opt125m.py`.
     "GPUTRAIN_OPT_WEIGHTS",
+    # What a training script says about itself: `compile/validation.py`.
+    "GPUTRAIN_VALIDATE",
     # The mark of a launch's processes, which a rank that launches again has in its environment.
     "GPUTRAIN_LAUNCH",
 )

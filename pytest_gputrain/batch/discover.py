@@ -52,6 +52,7 @@ def discover_batch_size(
     vocab_size: int | None = None,
     cache_dir: str | Path | None = None,
     fallback: int | None = None,
+    compiled: bool = False,
 ) -> int:
     """Return the largest device batch size at which ``model`` trains within ``safety_margin`` of the memory.
 
@@ -62,6 +63,7 @@ def discover_batch_size(
     an optimizer step on all ranks together, which the answer times the world size then divides; a loop that
     accumulates should give it. ``override`` is returned at once. ``capacity``: bytes or "80GB", instead of
     what the device has. ``cache_dir``: default ``GPUTRAIN_CACHE_DIR`` or the user's cache folder.
+    ``compiled``: it is probed compiled, as the case does it.
 
     When discovery itself fails (memory cannot be read, say) it warns and returns ``fallback``, by default the
     smallest legal size. Raises ``ValueError`` with one line for what cannot be asked, ``OutOfMemory`` where
@@ -89,6 +91,7 @@ def discover_batch_size(
             "strategy": checked_strategy(strategy),
             "eval_batch_factor": bounds.checked_factor(eval_batch_factor),
             "optimizer": optimizer,
+            "compiled": compiled,
             "cache_key_components": [max_seq_len, cache_key_components],
         }
         if capacity is not None:

@@ -24,10 +24,12 @@ import torch
 from torch import nn
 
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.compile.validation import validation
 from pytest_gputrain.memory.guard import OomGuard
 from pytest_gputrain.reference.train_arguments import TrainUsageError
 from pytest_gputrain.reference.train_batch import Decision, decide, log_to_stdout
 from pytest_gputrain.reference.train_checkpoint import Checkpoint, check_writable, config_dict, load, save
+from pytest_gputrain.reference.train_compile import as_trained, backend_of, num_rows, step_for
 from pytest_gputrain.reference.train_config import checked
 from pytest_gputrain.reference.train_failure import tell_in_one_line
 from pytest_gputrain.reference.train_job import Job, job_of
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, *, case: TrainingCase | None = 
         check_writable(options.out, "--out")
         check_writable(options.metrics, "--metrics")
         checkpoint = load(options.checkpoint) if options.checkpoint else None
-        with ranks(options.device) as here, log_to_stdout():
+        with ranks(options.device) as here, log_to_stdout(), backend_of(options, here.device):
             _train(options, here, job_of(options, checkpoint, case), checkpoint)
     except TrainUsageError as error:
         # On every rank: torchrun ends the others as soon as one has left, which may be before they speak.
@@ -63,6 +65,7 @@ class _Trained:
     course: Course
     peak_bytes: int | None
     seconds: float
+    validated: dict[str, Any]
 
 
 def _train(options: Options, here: Ranks, job: Job, checkpoint: Checkpoint | None) -> None:
@@ -88,35 +91,45 @@ def _under_budget(
     length: Length,
 ) -> _Trained:
     """The training itself; model and optimizer are made inside, so that the budget counts them."""
-    with _guard(options, here) as guard:
+    watch = validation(enabled=options.validate or None, num_targets=job.case.num_targets)
+    with _guard(options, here) as guard, watch:
         torch.manual_seed(options.seed)
         model = job.case.model().to(here.device)
         optimizer = job.case.optimizer(model)
         rates = tuple(options.lr or group["lr"] for group in optimizer.param_groups)
         if checkpoint:
             _restore(options, checkpoint, model, optimizer)
+        rows = num_rows(options, job, length)
         loop = Loop(
             options=options,
             ranks=here,
             source=job.source,
             loss=job.case.loss,
-            step=job.step,
+            step=step_for(job, rows),
             rates=rates,
             length=length,
             device_batch_size=decision.size,
+            validation=watch,
+            num_rows=rows,
             first_step=checkpoint.step if checkpoint else 0,
         )
         started = time.perf_counter()
-        course = loop.run(job.case.wrap(model) if here.world_size > 1 else model, optimizer)
+        trained = as_trained(options, job, model)
+        course = loop.run(job.case.wrap(trained) if here.world_size > 1 else trained, optimizer)
         seconds = time.perf_counter() - started
-    return _Trained(model, optimizer, course, guard.peak_bytes if guard else None, seconds)
+    return _Trained(model, optimizer, course, guard.peak_bytes if guard else None, seconds, watch.figures())
 
 
 @contextmanager
 def _guard(options: Options, here: Ranks) -> Iterator[OomGuard | None]:
-    """The budget, enforced. Without one a GPU's peak is still measured; on a CPU that would cost speed."""
+    """The budget, enforced. Without one a GPU's peak is still measured; on a CPU that would cost speed.
+
+    On a CPU torch runs compiled code eager while its operations are watched, so nothing is watched then.
+    """
     budget = options.budget(here.rank)
-    if budget is None and here.device.type == "cpu":
+    if here.device.type == "cpu" and (budget is None or options.compile):
+        if budget is not None:
+            here.say("--memory_budget is for the search alone: compiled training on a CPU cannot be watched")
         yield None
         return
     with ExitStack() as stack:
@@ -195,6 +208,8 @@ def _metrics(
         "final_loss": done.course.losses[-1],
         "eval_loss": done.course.eval_loss,
         "peak_bytes": done.peak_bytes,
+        "compiled": options.compile,
+        **({"validation": done.validated} if done.validated else {}),
     }
 
 

@@ -84,6 +84,7 @@ def _choose(options: Options, here: Ranks, job: Job, checkpoint: Checkpoint | No
         use_cache=options.batch_size_cache,
         capacity=options.budget(here.rank),
         eval_batch_factor=options.eval_batch_factor,
+        compiled=options.compile,
     )
 
 

@@ -21,7 +21,8 @@ from pytest_gputrain.case.defaults import DEFAULT_LEARNING_RATE
 from pytest_gputrain.case.pytree import batch_length, tensors
 from pytest_gputrain.case.training_case import LossReduction
 from pytest_gputrain.reference.gpt import GPTConfig, build, set_checkpointing
-from pytest_gputrain.reference.train_data import Samples, num_targets
+from pytest_gputrain.reference.sft_data import num_targets
+from pytest_gputrain.reference.train_data import Samples
 from pytest_gputrain.reference.train_options import Options
 
 WEIGHT_DECAY = 0.01

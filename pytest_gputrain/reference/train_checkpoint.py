@@ -80,7 +80,7 @@ def check_writable(path: Path | None, option: str) -> None:
 
 
 def config_of(given: dict[str, Any], checkpoint: Checkpoint | None) -> GPTConfig:
-    """The model's shape: the checkpoint's, which an option may repeat and not change; else the options'.
+    """The model's shape: the checkpoint's, of which options may change the length only; else the options'.
 
     given: options by field name, None where the user said nothing. Raises TrainUsageError.
     """
@@ -91,12 +91,14 @@ def config_of(given: dict[str, Any], checkpoint: Checkpoint | None) -> GPTConfig
         raise TrainUsageError(
             "the checkpoint is of another model than this script's; its case has to be given"
         )
+    # Positions are computed and not learnt, so that a later stage may take longer or shorter samples.
+    length = said.pop("sequence_length", checkpoint.config["sequence_length"])
     for name, value in said.items():
         if checkpoint.config.get(name) != value:
             raise TrainUsageError(
                 f"--{name} {value} is not the checkpoint's {checkpoint.config.get(name)}; leave it out"
             )
-    return GPTConfig(**checkpoint.config)
+    return GPTConfig(**{**checkpoint.config, "sequence_length": length})
 
 
 def config_dict(config: GPTConfig | None) -> dict[str, Any]:

@@ -16,16 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_gputrain.reference.sft_data import Batch, Document, collate
 from pytest_gputrain.reference.train_parser import NUM_BYTES, STAGES
 
 # Prose of this project's documentation as it once was: losses stay comparable when the documentation changes.
 TEXT = Path(__file__).with_name("text.txt")
 HELD_OUT = 0.1  # of the text, at its end, for evaluation
-MASKED = -100  # what cross_entropy leaves out
-PADDING = 0
 EVALUATION = -1  # stands where a step is
-
-Batch = dict[str, Tensor]
 
 
 @functools.cache
@@ -36,29 +33,34 @@ def text_tokens() -> Tensor:
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of a stage. sequence_length in tokens; seed: another one gives other samples."""
+    """The samples of a stage. sequence_length in tokens; seed: another one gives other samples.
+
+    pads_to_longest: documents to the longest of their batch, as many collate functions do, in place of to
+    sequence_length. Every batch then has another shape.
+    """
 
     stage: str
     dataset: str
     sequence_length: int
     seed: int
+    pads_to_longest: bool = False
 
     def batch(self, step: int, first: int, count: int, device: torch.device | str) -> Batch:
         """``inputs`` and ``targets``, (count, sequence_length) int64: samples ``first`` and on of a step."""
-        drawn = [self._sample(step, index) for index in range(first, first + count)]
-        inputs, targets = (torch.stack(rows).to(device) for rows in zip(*drawn, strict=True))
-        return {"inputs": inputs, "targets": targets}
+        drawn = [self._document(step, index) for index in range(first, first + count)]
+        batch = collate(drawn, None if self.pads_to_longest else self.sequence_length)
+        return {name: rows.to(device) for name, rows in batch.items()}
 
     def longest(self, batch_size: int, device: torch.device | str) -> Batch:
         """A batch at its full length, which is what memory has to hold; drawn from torch's generator."""
         tokens = torch.randint(NUM_BYTES, (batch_size, self.sequence_length + 1))
         return {"inputs": tokens[:, :-1].to(device), "targets": tokens[:, 1:].to(device)}
 
-    def _sample(self, step: int, index: int) -> tuple[Tensor, Tensor]:
+    def _document(self, step: int, index: int) -> Document:
         place = (step + 1) * 1_000_003 + index  # steps do not share samples while they have fewer than that
         generator = torch.Generator().manual_seed(self.seed * 7919 + place * 31 + STAGES.index(self.stage))
         tokens = self._tokens(generator, evaluating=step == EVALUATION)
-        return self._document(tokens, generator) if self.stage == "sft" else (tokens[:-1], tokens[1:])
+        return self._cut(tokens, generator) if self.stage == "sft" else Document(tokens, 0)
 
     def _tokens(self, generator: torch.Generator, *, evaluating: bool) -> Tensor:
         """(sequence_length + 1,) int64."""
@@ -78,15 +80,11 @@ class Samples:
         replaced = torch.rand(length, generator=generator) < 1 / 16
         return torch.where(replaced, torch.randint(NUM_BYTES, (length,), generator=generator), tokens)
 
-    def _document(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A question and its answer of some length: only the answer counts, the rest is padding."""
+    def _cut(self, tokens: Tensor, generator: torch.Generator) -> Document:
+        """A question and its answer, together of any length: the first third asks."""
         shortest = max(2, self.sequence_length // 4)
         length = shortest + _below(self.sequence_length - shortest + 1, generator)
-        inputs, targets = tokens[:-1].clone(), tokens[1:].clone()
-        inputs[length:] = PADDING
-        targets[length:] = MASKED
-        targets[: length // 3] = MASKED
-        return inputs, targets
+        return Document(tokens[: length + 1], length // 3 + 1)
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,3 @@ class DrawnSamples:
 def _below(limit: int, generator: torch.Generator) -> int:
     """A whole number from 0 up to ``limit``; 0 where there is no room."""
     return int(torch.randint(max(1, limit), (), generator=generator))
-
-
-def num_targets(batch: Batch) -> int:
-    """The tokens that count in the loss."""
-    return int((batch["targets"] != MASKED).sum())

@@ -55,7 +55,8 @@ def _own(options: Options, checkpoint: Checkpoint | None) -> Job:
             f"--sequence_length {config.sequence_length} is too long for the text, of which {held_out} "
             "tokens are kept for evaluation; give less, or --dataset synthetic"
         )
-    samples = Samples(options.stage, options.dataset, config.sequence_length, options.seed)
+    longest = options.padding == "longest"
+    samples = Samples(options.stage, options.dataset, config.sequence_length, options.seed, longest)
     case = stage_case(options, config, samples)
     return Job(case, samples, case.step, config, config.sequence_length)
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from pytest_gputrain.case.defaults import unwrapped
+from pytest_gputrain.compile.validation import Validation
+from pytest_gputrain.reference.sft_data import filled
 from pytest_gputrain.reference.train_data import EVALUATION
 from pytest_gputrain.reference.train_length import Length
 from pytest_gputrain.reference.train_options import Options
@@ -44,7 +46,8 @@ class Loop:
     """A run about to begin. length: steps, and the sizes of their micro-batches.
 
     rates: the highest learning rate of each parameter group. first_step: how many steps the checkpoint had
-    seen, so that samples are not seen again.
+    seen, so that samples are not seen again. num_rows: to which a short micro-batch is filled up.
+    validation: told each step, which is all that there is of it in a loop.
     """
 
     options: Options
@@ -55,6 +58,8 @@ class Loop:
     length: Length
     rates: tuple[float, ...]
     device_batch_size: int
+    validation: Validation
+    num_rows: int | None = None
     first_step: int = 0
 
     def run(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Course:
@@ -81,7 +86,9 @@ class Loop:
         # Set and not scaled: a checkpoint's optimizer brings its own rate, which is not this run's.
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * share_of_rate
-        share = float(self.step(model, optimizer, self._batches(number)))
+        batches = self._batches(number)
+        with self.validation.step(batches):
+            share = float(self.step(model, optimizer, batches))
         loss = self.ranks.mean(share)
         return loss, self.rates[0] * share_of_rate, self.ranks.clock() - started
 
@@ -89,7 +96,8 @@ class Loop:
         plan, batches = self.length.plan_of(number), []
         first = self.ranks.rank * plan.samples_per_rank
         for count in plan.micro_batches():
-            batches.append(self.source.batch(self.first_step + number - 1, first, count, self.ranks.device))
+            batch = self.source.batch(self.first_step + number - 1, first, count, self.ranks.device)
+            batches.append(filled(batch, self.num_rows) if self.num_rows else batch)
             first += count
         return batches
 
@@ -97,7 +105,9 @@ class Loop:
     def _evaluate(self, number: int, model: nn.Module, course: Course) -> None:
         """Mean loss over batches that no step trains on, all ranks, at evaluation's own batch size."""
         started = self.ranks.clock()
-        bare = unwrapped(model).eval()  # not through DDP, which would broadcast buffers for nothing
+        # Not through DDP, which would broadcast buffers for nothing, nor compiled: evaluation's batches have
+        # shapes of their own.
+        bare = unwrapped(model).eval()
         samples = self._eval_samples()
         share, first = 0.0, self.ranks.rank * sum(samples)
         for count in samples:

@@ -57,6 +57,10 @@ class Options:
     eval_batches: int
     eval_batch_factor: int
     eval_samples: int | None
+    padding: str
+    compile: bool
+    compile_backend: str | None
+    validate: bool
     case: str | None
     config: Path | None
     block_size: int | None
@@ -89,6 +93,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         raise TrainUsageError(
             f"--stage {given['stage']} starts from the base stage's checkpoint; give --checkpoint FILE"
         )
+    if given["padding"] == "longest" and given["stage"] != "sft":
+        raise TrainUsageError(f"--padding longest is for --stage sft; here it is {given['stage']}")
+    if given["compile_backend"] is not None and not given["compile"]:
+        raise TrainUsageError("--compile_backend is for --compile; give both, or none")
     return Options(**given)
 
 

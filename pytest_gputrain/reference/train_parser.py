@@ -25,7 +25,7 @@ NUM_BYTES = 256  # tokens are bytes; a larger vocabulary only costs memory, as a
 
 def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="train", description="Train a small GPT, or a TrainingCase.", allow_abbrev=False)
-    for declare in (_what, _how, _batch_size, _evaluation, _files):
+    for declare in (_what, _how, _batch_size, _compiling, _evaluation, _files):
         declare(parser)
     return parser
 
@@ -36,7 +36,14 @@ def _what(parser: argparse.ArgumentParser) -> None:
     add(parser, "depth", whole(1), None, f"layers (default {DEFAULT_DEPTH}, or the checkpoint's)")
     add(parser, "width", whole(32), None, "channels, a multiple of 32 (default 64 x depth)")
     add(parser, "vocab_size", whole(NUM_BYTES), None, f"tokens that the model knows (default {NUM_BYTES})")
-    add(parser, "sequence_length", whole(2), None, "tokens a sample (default 64)", "max_seq_len")
+    add(
+        parser,
+        "sequence_length",
+        whole(2),
+        None,
+        "tokens a sample (default 64, or the checkpoint's)",
+        "max_seq_len",
+    )
     add(parser, "dropout", number(0, 1, "in [0, 1)"), None, "probability of dropping a channel (default 0)")
     add(
         parser, "case", str, None, "MODULE:ATTR of a TrainingCase to train in place of the script's own model"
@@ -66,6 +73,14 @@ def _batch_size(parser: argparse.ArgumentParser) -> None:
     add(parser, "batch_size_margin", share, 0.85, "share of the memory that may be used (default 0.85)")
     add(parser, "batch_size_cache", flag, False, "look the batch size up, and keep what was found")
     add(parser, "memory_budget", sizes, None, 'memory a rank may use, "2GB"; by rank: "2GB,1GB"')
+
+
+def _compiling(parser: argparse.ArgumentParser) -> None:
+    add(parser, "compile", flag, False, "torch.compile(model, dynamic=False), or as the case does it")
+    add(parser, "compile_backend", str, None, "in place of inductor: aot_eager, or eager; needs no compiler")
+    text = "documents to max_seq_len, or to the longest of each batch, which compiles again and again"
+    add(parser, "padding", str, "max_seq_len", text, choices=("max_seq_len", "longest"))
+    add(parser, "validate", flag, False, "say what is compiled, on which shapes, and how fast")
 
 
 def _evaluation(parser: argparse.ArgumentParser) -> None:

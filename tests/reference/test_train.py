@@ -12,6 +12,7 @@ import torch
 
 from pytest_gputrain import OutOfMemory, TrainingCase
 from pytest_gputrain.reference import (
+    sft_data,
     train,
     train_checkpoint,
     train_data,
@@ -76,14 +77,14 @@ def test_a_sample_is_the_same_in_every_batch(stage: str, dataset: str) -> None:
 
 def test_documents_have_padding_and_questions_that_do_not_count() -> None:
     batch = train_data.Samples("sft", "text", 32, seed=1).batch(0, 0, 64, "cpu")
-    counts = (batch["targets"] != train_data.MASKED).sum(dim=1)
+    counts = (batch["targets"] != sft_data.MASKED).sum(dim=1)
     assert len(counts.unique()) > 8
     assert counts.min() > 0
-    assert (batch["targets"][:, 0] == train_data.MASKED).all()
-    padded = batch["inputs"] == train_data.PADDING  # the text has no byte of 0
+    assert (batch["targets"][:, 0] == sft_data.MASKED).all()
+    padded = batch["inputs"] == sft_data.PADDING  # the text has no byte of 0
     assert padded.any()
-    assert (batch["targets"][padded] == train_data.MASKED).all()
-    assert train_data.num_targets(batch) == counts.sum()
+    assert (batch["targets"][padded] == sft_data.MASKED).all()
+    assert sft_data.num_targets(batch) == counts.sum()
 
 
 def test_the_text_is_prose_and_some_of_it_is_held_out() -> None:
