@@ -59,6 +59,11 @@ class Book:
         if found not in self.breaks:
             self.breaks.append(found)
 
+    def note(self, text: str) -> None:
+        """Something that the figures do not show, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     def skipped(self, compile_id: str) -> None:
         """The function whose break was told last stays uncompiled as a whole."""
         for index in reversed(range(len(self.breaks))):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sys
+import sysconfig
 from types import CodeType
 from typing import Any
 
@@ -16,6 +17,7 @@ from pytest_gputrain.launch.stacks import Frame, user_frame
 
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_(\d+)$")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
 _GUARDED_LINE = re.compile(r"# (?P<file>[^#\n]*?\.py):(?P<line>\d+) in (?P<function>[\w<>.]+)")
 _STACK_LINE = re.compile(r'^\s*File "(?P<file>.+)", line (?P<line>\d+), in (?P<function>.+)$', re.MULTILINE)
@@ -25,19 +27,24 @@ _EXPLAINED = re.compile(r"^(?P<what>.*)\n\s*Explanation: (?P<why>.*)", re.MULTIL
 _COMPILATION = re.compile(r"^\d+/\d+(?:_\d+)?: ")
 
 
-def function_of(code: CodeType, closure: Any = ()) -> str:
+def function_of(code: CodeType, variables: Any = None, closure: Any = ()) -> str:
     """The function's name; what is left of one after a graph break is ``name, resumed at line``.
 
     Around torch's own modules (``nn.Sequential``) ``torch.compile`` puts a function: the module's name then.
+    A decorator's inner function says nothing alone: with the module that it is called for.
     """
-    if code.co_filename.startswith(_TORCH) and code.co_name == "inner":
+    if resumed := _RESUMED.match(code.co_name):
+        return f"{resumed[1]}, resumed at line {resumed[2]}"
+    if is_around(code):
         for cell in closure or ():
             with contextlib.suppress(ValueError):  # an empty cell
                 if callable(inside := cell.cell_contents):
                     return _name_of(inside)
-    if resumed := _RESUMED.match(code.co_name):
-        return f"{resumed[1]}, resumed at line {resumed[2]}"
-    return str(getattr(code, "co_qualname", code.co_name))
+    name = str(getattr(code, "co_qualname", code.co_name))
+    first = (variables or {}).get(code.co_varnames[0]) if code.co_varnames else None
+    if "<locals>" in name and isinstance(first, torch.nn.Module):
+        return f"{type(first).__name__}, {name}"
+    return name
 
 
 def _name_of(inside: Any) -> str:
@@ -46,9 +53,16 @@ def _name_of(inside: Any) -> str:
     return str(getattr(inside, "__qualname__", type(inside).__name__))
 
 
-def is_torchs(code: CodeType) -> bool:
-    """Whether the code is torch's own, whose lines tell the user nothing."""
-    return code.co_filename.startswith(_TORCH)
+def is_around(code: CodeType) -> bool:
+    """Whether this is the function that torch.compile puts around a module whose forward is torch's own."""
+    return code.co_name == "inner" and code.co_filename.startswith(_TORCH)
+
+
+def is_machinery(file: str) -> bool:
+    """Whether this is torch or the standard library, or generated code: lines that tell the user nothing."""
+    if file.startswith((_TORCH, "<")):
+        return True
+    return file.startswith(_STDLIB) and "site-packages" not in file
 
 
 def location_of(code: CodeType) -> str:
@@ -71,23 +85,35 @@ def calling_line() -> str | None:
 
 
 def guarded_line(reason: str) -> str | None:
-    """The innermost line outside of torch that a guard's text is about, where dynamo has put it there."""
+    """The innermost of the user's lines that a guard's text is about, where dynamo has put it there."""
     return _innermost(reason) or ((found := _GUARDED_LINE.search(reason)) and str(_frame(found))) or None
 
 
 def guard(text: str) -> str:
     """The guard in dynamo's words, without the compilation's number and where it comes from."""
-    condition = text.partition("User stack trace:")[0].partition("If this is unexpected")[0]
-    condition = _COMPILATION.sub("", condition.strip())
+    condition = _COMPILATION.sub("", text.strip())
+    for advice in ("User stack trace:", "If this is unexpected", "(HINT:"):
+        condition = condition.partition(advice)[0]
     return " ".join(_GUARDED_LINE.sub("", condition).split())
 
 
 def broken_at(text: str) -> str:
-    """The innermost line outside of torch in what dynamo writes about a graph break."""
-    if innermost := _innermost(text.partition("Traceback (most recent call last)")[0]):
+    """The innermost of the user's lines in what dynamo writes about a graph break."""
+    if innermost := _innermost(_told(text)):
         return innermost
     found = _BREAK_AT.search(text)
     return str(Frame(found["file"], int(found["line"]), "?")).removesuffix(" in ?") if found else "?"
+
+
+def broken_in_torch(text: str) -> bool:
+    """Whether the line of the break itself is torch's own, as of DistributedDataParallel's forward."""
+    files = [found["file"] for found in _STACK_LINE.finditer(_told(text))]
+    return bool(files) and is_machinery(files[-1])
+
+
+def _told(text: str) -> str:
+    """The stack of the code that is compiled, without dynamo's own below it."""
+    return text.partition("Traceback (most recent call last)")[0]
 
 
 def break_reason(text: str) -> str:
@@ -100,7 +126,7 @@ def break_reason(text: str) -> str:
 
 def _innermost(text: str) -> str | None:
     frames = [_frame(found) for found in _STACK_LINE.finditer(text)]
-    outside = [frame for frame in frames if not frame.file.startswith(_TORCH)]
+    outside = [frame for frame in frames if not is_machinery(frame.file)]
     return str(outside[-1]) if outside else None
 
 
@@ -110,18 +136,20 @@ def _frame(found: re.Match[str]) -> Frame:
 
 
 def stack_of(error: BaseException) -> str | None:
-    """The innermost line outside of torch that dynamo was at when it raised this."""
+    """The innermost of the user's lines that dynamo was at when it raised this."""
     stack = getattr(error, "real_stack", None) or []
-    outside = [f for f in stack if f.filename and not f.filename.startswith(_TORCH)]
+    outside = [f for f in stack if f.filename and not is_machinery(f.filename)]
     if not outside:
         return None
     return str(Frame(outside[-1].filename, outside[-1].lineno or 0, outside[-1].name))
 
 
 def said(error: BaseException) -> str:
-    """The exception on one line: its kind and its first lines, without dynamo's advice."""
-    text = str(error).partition("\n\n")[0]
-    return f"{type(error).__name__}: " + " ".join(text.split())
+    """The exception on one line: its kind and what it says first, without dynamo's advice."""
+    text = str(error)
+    if not _EXPLAINED.search(text):
+        text = " ".join(text.partition("\n\n")[0].split())
+    return f"{type(error).__name__}: {break_reason(text)}"
 
 
 def backend_name(backend: Any) -> str:
@@ -139,9 +167,14 @@ def backend_name(backend: Any) -> str:
     return str(getattr(getattr(backend, "func", None), "__name__", type(backend).__name__))
 
 
-def operations(graph: Any) -> int:
-    """How many operations a captured graph has."""
-    return sum(node.op in ("call_function", "call_method", "call_module") for node in graph.nodes)
+def facts_of(graph: Any, backend: Any) -> dict[str, Any]:
+    """The figures of a captured graph that ``records.Graph`` has."""
+    operations = sum(node.op in ("call_function", "call_method", "call_module") for node in graph.nodes)
+    return {
+        "ops": operations,
+        "backend": backend_name(backend),
+        "dynamic_dims": dynamic_inputs(graph),
+    }
 
 
 def dynamic_inputs(graph: Any) -> tuple[str, ...]:

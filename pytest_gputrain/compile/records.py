@@ -55,6 +55,7 @@ class Recompile:
     location: the user's line that the guard is about where dynamo says it, else the function's first line.
     called_from: the user's line that called the compiled code.
     number: 1 is the first recompile of this code.
+    in_torch: the code is torch's own, or the standard library's.
     """
 
     compile_id: str
@@ -66,14 +67,16 @@ class Recompile:
     step: int | None
     phase: str
     number: int
+    in_torch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphBreak:
     """A line that dynamo could not put into the graph: Python runs it, between two graphs.
 
-    location: the innermost line outside of torch. skipped: the whole function stays uncompiled, because
-    nothing can be resumed there (a break within a ``with`` or a loop, say).
+    location: the innermost line outside of torch and the standard library.
+    skipped: the whole function stays uncompiled: nothing can be resumed there (within a ``with``, say).
+    in_torch: the line of the break is torch's own, as in DistributedDataParallel's forward.
     """
 
     compile_id: str
@@ -83,14 +86,16 @@ class GraphBreak:
     step: int | None
     phase: str
     skipped: bool = False
+    in_torch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class LimitHit:
-    """Dynamo gave this code up: from now on what fits no earlier graph runs eager.
+    """Dynamo gave this code up: from now on what fits none of its graphs runs eager, without a word.
 
     kind: ``recompile_limit`` or ``accumulated_recompile_limit``; limit: its value.
-    reason: of the last recompile asked for.
+    reason: of the last recompile asked for. location: as a recompile's.
+    raised: with ``fullgraph`` or ``fail_on_recompile_limit_hit`` dynamo raises instead.
     """
 
     function: str
@@ -100,6 +105,7 @@ class LimitHit:
     reason: str
     step: int | None
     phase: str
+    raised: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,11 @@ def summary(report: CompileReport) -> str:
     lines += _few([f"  {_limit(hit)}" for hit in report.limit_hits], "limit hits")
     lines += _few(
         [
-            f"  backend error swallowed by {e.swallowed_by}{_when(e.phase, e.step)}: {e.message}"
+            f"  failed compilation, swallowed by {e.swallowed_by}{_when(e.phase, e.step)}: {e.message}"
             f"   at {e.location}"
             for e in report.suppressed
         ],
-        "backend errors",
+        "failed compilations",
     )
     lines += _few(
         [
@@ -59,9 +59,10 @@ def verdict(report: CompileReport) -> str:
 def why_not(report: CompileReport) -> str:
     """Why a report does not say that it is compiled."""
     if report.limit_hits:
-        return f"{report.limit_hits[0].kind} was hit, and torch runs eager since"
+        hit = report.limit_hits[0]
+        return f"{hit.kind} was hit" + ("" if hit.raised else ", and what fits no graph runs eager since")
     if report.suppressed:
-        return f"a backend error was swallowed by {report.suppressed[0].swallowed_by}"
+        return f"a failed compilation was swallowed by {report.suppressed[0].swallowed_by}"
     if not report.graphs and not report.graph_runs:
         return "no graph was captured"
     if not report.graph_runs:
