@@ -15,7 +15,6 @@ from pytest_gputrain.tensor_parallel.golden_blame import blame
 from pytest_gputrain.tensor_parallel.golden_forward import judge
 from pytest_gputrain.tensor_parallel.golden_gradients import Gradients, compare_gradients
 from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError
-from pytest_gputrain.tensor_parallel.golden_outputs import ask
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.records import BackwardRecord, GradientRecord, InputRecord
 
@@ -38,7 +37,7 @@ def compare_backward(
             "the reference's gradients are all zero or missing, so that nothing can be compared"
         )
     pair.parallelize()
-    answer = ask(case, pair.parallel, batch, seed, gradients=True)
+    answer = pair.ask_parallel(batch, gradients=True)
     forward = judge(pair, batch, golden, answer)
     records = compare_gradients(pair, wanted)
     layers, layer, cause = blame(pair, batch, records)

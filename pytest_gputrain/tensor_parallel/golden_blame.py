@@ -115,7 +115,8 @@ def _layers(pair: Pair, batch: Any) -> list[LayerRecord]:
     try:
         with pair.world.alone():
             golden = _watched(pair.case, pair.reference, batch, pair.seed)
-        parallel = _watched(pair.case, pair.parallel, batch, pair.seed)
+        with pair.world.acting():
+            parallel = _watched(pair.case, pair.parallel, batch, pair.seed)
     except Exception as error:  # a module that does not bear to be watched: the answer is less precise
         pair.notes.append(f"layers could not be watched: {type(error).__name__}: {error!s:.80}")
         return []

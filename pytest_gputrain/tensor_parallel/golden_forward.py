@@ -16,7 +16,7 @@ from pytest_gputrain.tensor_parallel import golden_difference as apart
 from pytest_gputrain.tensor_parallel.golden_gather import assemble
 from pytest_gputrain.tensor_parallel.golden_inputs import SHAPES, inputs, shape_of
 from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError
-from pytest_gputrain.tensor_parallel.golden_outputs import Answer, ask
+from pytest_gputrain.tensor_parallel.golden_outputs import Answer
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.golden_rounding import output_rounding
 from pytest_gputrain.tensor_parallel.records import Difference, ForwardRecord, InputRecord
@@ -74,7 +74,7 @@ def _ask_reference(pair: Pair, shapes: Sequence[tuple[int, int]]) -> list[tuple[
 def _ask_parallel(pair: Pair, batch: Any) -> Answer | None:
     """None where the sequence does not divide by the ranks and the model says so: sequence parallel may."""
     try:
-        return ask(pair.case, pair.parallel, batch, pair.seed)
+        return pair.ask_parallel(batch)
     except Exception as error:
         shape = shape_of(batch)
         if len(shape) < 2 or shape[1] % pair.world.size == 0:

@@ -73,12 +73,19 @@ class Pair:
         with self.world.alone():
             return ask(self.case, self.reference, batch, self.seed, gradients=gradients)
 
+    def ask_parallel(self, batch: Any, *, gradients: bool = False) -> Answer:
+        with self.world.acting():
+            return ask(self.case, self.parallel, batch, self.seed, gradients=gradients)
+
     def parallelize(self) -> nn.Module:
         """The parallel model, of the reference's weights at the moment of the call."""
         batch = self.reference_batch(1)
         before = self._quietly(batch)
-        model = self._counterpart()
-        self.parallel = apply_parallelize(self.case, model, self.mesh)
+        with self.world.alone():
+            model = self._counterpart()
+        with self.world.acting():
+            self.world.spread(model)
+            self.parallel = apply_parallelize(self.case, model, self.mesh)
         self._check_independence()
         self.weights = find_weights(self.reference, self.parallel, self.world)
         self._check_reference(before, self._quietly(batch))

@@ -7,11 +7,12 @@ of all in a simulation. ``merged`` makes a list by rank of such dictionaries, th
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 T = TypeVar("T")
 Pieces = dict[int, torch.Tensor]
@@ -37,7 +38,13 @@ class World(Protocol):
         """Rank 0's values into everybody's plain tensors; a collective."""
 
     def alone(self) -> AbstractContextManager[None]:
-        """What runs in it runs as one process would, not as all ranks."""
+        """In it one process is all there is: the default group has this rank only."""
+
+    def acting(self) -> AbstractContextManager[None]:
+        """In it the parallel model is built, asked and trained: what runs there runs on every rank."""
+
+    def spread(self, model: nn.Module) -> None:
+        """Give every held rank its own copy of the parameters and buffers of a plain model, in place."""
 
 
 class RealWorld:
@@ -54,6 +61,7 @@ class RealWorld:
         self.size = dist.get_world_size()
         self.held: tuple[int, ...] = (dist.get_rank(),)
         self._group = dist.new_group(backend="gloo")
+        self._solo = dist.new_group([self.held[0]], use_local_synchronization=True, backend="gloo")
 
     def pieces(self, tensor: Any) -> Pieces:
         return {self.held[0]: plain(local(tensor))}
@@ -78,7 +86,26 @@ class RealWorld:
             tensor.detach().copy_(sent)
 
     def alone(self) -> AbstractContextManager[None]:
+        return default_group(self._solo)
+
+    def acting(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    def spread(self, model: nn.Module) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def default_group(group: Any) -> Iterator[None]:
+    """``group`` is the one for whoever names none: what all-reduces in it does so among its ranks."""
+    import torch.distributed as dist
+
+    everybody = dist.GroupMember.WORLD
+    dist.GroupMember.WORLD = group
+    try:
+        yield
+    finally:
+        dist.GroupMember.WORLD = everybody
 
 
 def is_dtensor(tensor: Any) -> bool:
