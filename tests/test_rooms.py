@@ -24,7 +24,6 @@ TORCH_AT_THE_TOP = (
     "tensor_parallel/finish",
     "tensor_parallel/local",
     "tensor_parallel/styles",
-    "tensor_parallel/local_ranks",
 )
 
 

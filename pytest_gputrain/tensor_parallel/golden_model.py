@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -96,27 +96,6 @@ def _address(tensor: Any) -> int:
         return int(inner.untyped_storage().data_ptr())
     except (RuntimeError, NotImplementedError):  # a wrapper subclass without memory of its own
         return 0
-
-
-def apply_parallelize(case: TrainingCase, model: nn.Module, mesh: Any) -> nn.Module:
-    """What the case's own ``parallelize`` makes of the model; a mapping is a plan.
-
-    Raises ComparisonError where there is none, or where it returns no module.
-    """
-    given = case.parallelize
-    if given is None:
-        raise ComparisonError("no tensor-parallel plan given")
-    if isinstance(given, Mapping):
-        from torch.distributed.tensor.parallel import parallelize_module
-
-        parallel: Any = parallelize_module(model, mesh, dict(given))
-    else:
-        parallel = given(model, mesh)
-    if not isinstance(parallel, nn.Module):
-        raise ComparisonError(
-            f"parallelize(model, mesh) returned a {type(parallel).__name__}; it has to return the model"
-        )
-    return parallel
 
 
 class NoDropout(TorchFunctionMode):

@@ -14,11 +14,11 @@ from torch import nn
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.tensor_parallel import golden_difference as apart
+from pytest_gputrain.tensor_parallel.apply import apply
 from pytest_gputrain.tensor_parallel.golden_inputs import draw
 from pytest_gputrain.tensor_parallel.golden_model import (
     SEED,
     ComparisonError,
-    apply_parallelize,
     build,
     copy_weights,
     device_of,
@@ -85,7 +85,7 @@ class Pair:
             model = self._counterpart()
         with self.world.acting():
             self.world.spread(model)
-            self.parallel = apply_parallelize(self.case, model, self.mesh)
+            self.parallel = apply(self.case, model, self.mesh)
         self._check_independence()
         self.weights = find_weights(self.reference, self.parallel, self.world)
         self._check_reference(before, self._quietly(batch))

@@ -46,7 +46,7 @@ class SimulatedWorld:
         return self._by_rank(tensor._local_tensor if is_dtensor(tensor) else tensor)
 
     def whole(self, tensor: Any) -> Pieces:
-        """Joined here where that is plain to see: full_tensor() takes a hundred times as long in simulation."""
+        """Joined here where that is plain to see: full_tensor() takes a hundred times as long."""
         pieces = self.pieces(tensor)
         if not is_dtensor(tensor):
             return pieces
