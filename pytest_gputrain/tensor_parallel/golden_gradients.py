@@ -18,6 +18,7 @@ from pytest_gputrain.tensor_parallel.golden_weights import Held
 from pytest_gputrain.tensor_parallel.records import Difference, GradientRecord
 from pytest_gputrain.trace.names import owners
 
+Given = dict[str, Any]
 _MOST_EXPLAINED = 8  # wrong parameters that are gathered to say why; the first ones say it
 
 
@@ -34,9 +35,12 @@ class Gradients:
         parameters = parameters_of(model)
         found = {name: parameters[name].grad for name in dict.fromkeys(order) if name in parameters}
         found |= {name: p.grad for name, p in parameters.items() if name not in found and p.requires_grad}
-        norms = [apart.norm(grad) for grad in found.values() if grad is not None]
-        layers = {name: owner.path for name, owner in owners(model).items()}
-        return cls(found, layers, sum(size * size for size in norms) ** 0.5)
+        return cls.from_named(found, {name: owner.path for name, owner in owners(model).items()})
+
+    @classmethod
+    def from_named(cls, by_name: dict[str, Any], layers: dict[str, str]) -> Gradients:
+        norms = [apart.norm(grad) for grad in by_name.values() if grad is not None]
+        return cls(by_name, layers, sum(size * size for size in norms) ** 0.5)
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,12 @@ class _Seen:
     absolute: float
 
 
-def compare_gradients(pair: Pair, wanted: Gradients) -> list[GradientRecord]:
-    """Records of all trainable parameters found in the parallel model, in backward's order; collective."""
-    got = parallel_gradients(pair)
+def compare_gradients(pair: Pair, wanted: Gradients, given: Given | None = None) -> list[GradientRecord]:
+    """Records of all trainable parameters found in the parallel model, in backward's order; collective.
+
+    given: by name, the parallel model's gradients on this process; None are those that it has now.
+    """
+    got = parallel_gradients(pair, given)
     sizes = {name: apart.norm(grad) if grad is not None else 0.0 for name, grad in wanted.by_name.items()}
     seen: dict[int, dict[str, _Seen]] = {
         rank: {
@@ -70,18 +77,19 @@ def compare_gradients(pair: Pair, wanted: Gradients) -> list[GradientRecord]:
     return _explained(pair, wanted, records, got)
 
 
-def parallel_gradients(pair: Pair) -> dict[int, dict[str, Any]]:
+def parallel_gradients(pair: Pair, given: Given | None = None) -> dict[int, dict[str, Any]]:
     """By rank held, every parallel parameter's gradient; a DTensor's is gathered. None: there is none."""
-    parameters = parameters_of(pair.parallel)
-    here = {name: parameter.grad is not None for name, parameter in parameters.items()}
+    names = parameters_of(pair.parallel)
+    own = {name: parameter.grad for name, parameter in names.items()} if given is None else given
+    here = {name: own.get(name) is not None for name in names}
     by_rank = pair.world.merged(dict.fromkeys(pair.world.held, here))
     got: dict[int, dict[str, Any]] = {rank: {} for rank in pair.world.held}
-    for name, parameter in parameters.items():
+    for name in names:
         # Gathering is a collective: not unless every rank has something to give.
         everywhere = all(one[name] for one in by_rank)
-        whole = pair.world.whole(parameter.grad) if everywhere else {}
+        whole = pair.world.whole(own[name]) if everywhere else {}
         if not everywhere and here[name]:
-            whole = pair.world.pieces(parameter.grad)
+            whole = pair.world.pieces(own[name])
         for rank in pair.world.held:
             got[rank][name] = whole.get(rank)
     return got

@@ -180,3 +180,53 @@ class Finding:
 
     def __str__(self) -> str:
         return self.message
+
+
+@dataclass(frozen=True)
+class OptimizerResult:
+    """One optimizer on both models, from the same weights, over a few steps.
+
+    name: ``Adam``, ``AdamW(fused=True)``, ``the case's optimizer``. relative: the worst parameter's
+    difference between the two updates over the norm of the golden one, without elements whose gradient is
+    rounding; of weights and not of updates where their precision is too short. skipped: why it was not run.
+    """
+
+    name: str
+    steps: int
+    relative: float
+    tolerance: float
+    parameter: str = ""
+    difference: Difference | None = None
+    golden_losses: tuple[float, ...] = ()
+    losses: tuple[float, ...] = ()
+    skipped: str = ""
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """The gradients that reach the optimizer in the case's own step, after whatever the step does to them.
+
+    scale: what they were multiplied by in backward, so that a clipping step clips.
+    """
+
+    scale: float
+    gradients: tuple[GradientRecord, ...]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerRecord:
+    """results: by optimizer; steps: of the case's own step, empty where the case has none."""
+
+    world_size: int
+    results: tuple[OptimizerResult, ...]
+    weights: tuple[WeightRecord, ...]
+    steps: tuple[StepRecord, ...] = ()
+    simulated: bool = False
+    problem: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> float:
+        return max((one.relative for one in self.results if not one.skipped), default=0.0)

@@ -1,0 +1,228 @@
+"""Weights after optimizer steps against the reference's: of torch's optimizers, and of the case's own.
+
+Both models start each optimizer from the same weights, and compute their own gradients. Adaptive optimizers
+divide a gradient by its size, which makes as much of rounding as of a gradient: elements whose golden
+gradient is rounding are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.tensor_parallel import golden_difference as apart
+from pytest_gputrain.tensor_parallel.golden_gradients import parts, percent
+from pytest_gputrain.tensor_parallel.golden_inputs import draw
+from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError, parameters_of
+from pytest_gputrain.tensor_parallel.golden_pair import Pair
+from pytest_gputrain.tensor_parallel.golden_step import SCALES, compare_step
+from pytest_gputrain.tensor_parallel.records import (
+    Difference,
+    OptimizerRecord,
+    OptimizerResult,
+    StepRecord,
+)
+
+STEPS = 3
+OWN = "the case's optimizer"
+NAMES = ("SGD", "Adam", "RMSprop", "AdamW", "AdamW(foreach=True)", "AdamW(fused=True)", OWN)
+SETTINGS = {"SGD": {"lr": 1e-2, "momentum": 0.9}, "Adam": {"lr": 1e-3}, "RMSprop": {"lr": 1e-3}}
+# Of the update. In short types an update is a few units of rounding: there it is of the weights.
+UPDATE_TOLERANCE = {"float64": 1e-7, "float32": 2e-3}
+WEIGHT_TOLERANCE = 2e-2
+ROUNDING = 1e-3  # of a gradient's root mean square: elements below it are as much rounding as gradient
+
+
+def compare_optimizers(
+    case: TrainingCase, mesh: Any, names: Sequence[str] = NAMES, *, steps: int = STEPS, seed: int = SEED
+) -> OptimizerRecord:
+    """Run on every rank of ``mesh``; returns the same record on all.
+
+    names: of ``torch.optim``, with ``(foreach=True)`` or ``(fused=True)`` behind it, and ``OWN``. Raises
+    ComparisonError for another one, and where nothing can be compared.
+    """
+    chosen = [(name, _factory(name, case)) for name in names]
+    pair = Pair(case, mesh, seed=seed)
+    batches = [draw(case, 2, pair.device, seed + step) for step in range(steps)]
+    pair.parallelize()
+    trial = _Trial(pair, batches)
+    results = [trial.run(name, make) for name, make in chosen]
+    taken: list[StepRecord] = []
+    for scale in SCALES if case.has_own_step else ():
+        trial.reset()
+        record = compare_step(pair, batches[0], scale)
+        if record is None:
+            break
+        taken.append(record)
+    wrong = [step.problem for step in taken if step.problem]
+    wrong += [result.problem for result in results if result.problem]
+    return OptimizerRecord(
+        world_size=pair.world.size,
+        results=tuple(results),
+        weights=tuple(pair.weights.records),
+        steps=tuple(taken),
+        simulated=pair.world.simulated,
+        problem=pair.problem or pair.weights.problem or (wrong[0] if wrong else None),
+        notes=tuple(pair.notes),
+    )
+
+
+def _factory(name: str, case: TrainingCase) -> Callable[[nn.Module], Any]:
+    if name == OWN:
+        return case.optimizer
+    kind, _, flag = name.removesuffix(")").partition("(")
+    made = getattr(torch.optim, kind, None)
+    flags = {f"{one}=True": {one: True} for one in ("foreach", "fused")} | {"": {}}
+    if not isinstance(made, type) or flag not in flags:
+        raise ComparisonError(
+            f"optimizer {name!r} is not known; give names of torch.optim, such as {', '.join(NAMES[:-1])}"
+        )
+    settings = {**SETTINGS.get(kind, {"lr": 1e-3}), **flags[flag]}
+    return lambda model: made([p for p in model.parameters() if p.requires_grad], **settings)
+
+
+@dataclass
+class _Path:
+    """Where one model went: losses, and by name where gradients are more than rounding at every step."""
+
+    losses: list[Any]
+    significant: dict[str, torch.Tensor]
+
+
+class _Trial:
+    """Both models at the same weights, as often as wanted."""
+
+    def __init__(self, pair: Pair, batches: list[Any]) -> None:
+        self.pair, self.batches = pair, batches
+        self._golden = _kept(pair.reference)
+        with pair.world.acting():
+            self._parallel = _kept(pair.parallel)
+
+    def reset(self) -> None:
+        _put_back(self._golden)
+        with self.pair.world.acting():
+            _put_back(self._parallel)
+
+    def run(self, name: str, make: Callable[[nn.Module], Any]) -> OptimizerResult:
+        """One optimizer; collective."""
+        pair, steps = self.pair, len(self.batches)
+        self.reset()
+        kind = next(p.dtype for p in pair.reference.parameters() if p.is_floating_point())
+        allowed = UPDATE_TOLERANCE.get(apart.kind_of(kind), WEIGHT_TOLERANCE)
+        try:
+            with pair.world.alone():
+                golden = self._train(pair.reference, make, pair.ask_reference)
+        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            return OptimizerResult(name, 0, 0.0, allowed, skipped=f"not here: {_line(error)}")
+        try:
+            with pair.world.acting():
+                optimizer = make(pair.parallel)
+            path = self._train(pair.parallel, lambda _: optimizer, pair.ask_parallel)
+        except (RuntimeError, NotImplementedError) as error:
+            if "(" not in name and not pair.world.simulated:
+                raise
+            # A kernel for lists of equal tensors refuses what is only partly made of DTensors.
+            return OptimizerResult(name, 0, 0.0, allowed, skipped=f"not with this model: {_line(error)}")
+        worst, relative, largest = self._compare(golden, of_updates=kind in (torch.float32, torch.float64))
+        losses = tuple(float(next(iter(pair.world.whole(loss).values()))) for loss in path.losses)
+        problem = None
+        if not relative <= allowed:
+            problem = (
+                f"after {steps} steps of {name} {worst} is not where the reference's is: its update is "
+                f"off by {percent(relative)}. {largest}"
+            )
+        return OptimizerResult(
+            name=name,
+            steps=steps,
+            relative=relative,
+            tolerance=allowed,
+            parameter=worst,
+            difference=largest,
+            golden_losses=tuple(float(loss) for loss in golden.losses),
+            losses=losses,
+            problem=problem,
+        )
+
+    def _train(self, model: nn.Module, make: Callable[[nn.Module], Any], ask: Callable[..., Any]) -> _Path:
+        pair = self.pair
+        acting = pair.world.acting if model is pair.parallel else pair.world.alone
+        with acting():
+            optimizer = make(model)
+        path = _Path([], {})
+        for batch in self.batches:
+            model.zero_grad(set_to_none=True)
+            path.losses.append(ask(batch, gradients=True).loss.detach())
+            if model is pair.reference:
+                _mark(model, path.significant)
+            with acting():
+                optimizer.step()
+        return path
+
+    def _compare(self, golden: _Path, *, of_updates: bool) -> tuple[str, float, Difference | None]:
+        """The worst parameter, its relative error on the worst rank, and where; collective."""
+        pair = self.pair
+        reference = parameters_of(pair.reference)
+        whole = {name: pair.world.whole(p) for name, p in parameters_of(pair.parallel).items()}
+        found: dict[int, tuple[str, float, Difference | None]] = {}
+        start = {id(tensor): kept for tensor, kept in self._golden}
+        for rank in pair.world.held:
+            worst: tuple[str, float, Difference | None] = ("", 0.0, None)
+            got = {name: by_rank[rank] for name, by_rank in whole.items()}
+            for name, parameter in reference.items():
+                if name not in golden.significant:
+                    continue
+                mask = golden.significant[name]
+                moved = parameter.detach() - start[id(parameter)] if of_updates else parameter.detach()
+                size = apart.norm(moved * mask)
+                one = self._distance(name, parameter.detach(), mask, got, rank)
+                if one is not None and size and one[0] / size > worst[1]:
+                    worst = (name, one[0] / size, one[1])
+            found[rank] = worst
+        return max(pair.world.merged(found), key=lambda one: one[1])
+
+    def _distance(
+        self, name: str, golden: torch.Tensor, mask: torch.Tensor, got: dict[str, Any], rank: int
+    ) -> tuple[float, Difference] | None:
+        pieces = parts(self.pair, name, golden, got, rank)
+        masks = parts(self.pair, name, mask, got, rank)
+        squares, largest = 0.0, None
+        for (wanted, found, *_), (kept, *_) in zip(pieces, masks, strict=True):
+            found = torch.where(kept.bool(), found.to(wanted.device), wanted)
+            one = apart.difference(wanted, found, rank)
+            squares += apart.norm(found - wanted) ** 2
+            if largest is None or one.largest > largest.largest:
+                largest = one
+        return None if largest is None else (squares**0.5, largest)
+
+
+def _mark(model: nn.Module, significant: dict[str, torch.Tensor]) -> None:
+    """Where the gradient is not rounding, now and at every step before; exact zeros are exact."""
+    gradients = {name: p.grad for name, p in parameters_of(model).items() if p.grad is not None}
+    total = sum(apart.norm(grad) ** 2 for grad in gradients.values()) ** 0.5
+    for name, grad in gradients.items():
+        size = apart.norm(grad)
+        rms = size / max(1, grad.numel()) ** 0.5
+        counts = (grad.abs() > ROUNDING * rms) | (grad == 0)
+        if size <= apart.NEGLIGIBLE * torch.finfo(grad.dtype).eps * total:
+            counts = torch.zeros_like(counts)
+        significant[name] = counts & significant[name] if name in significant else counts
+
+
+def _kept(model: nn.Module) -> list[tuple[Any, Any]]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+
+def _put_back(kept: list[tuple[Any, Any]]) -> None:
+    with torch.no_grad():
+        for tensor, value in kept:
+            tensor.copy_(value)
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split()):.80}"
