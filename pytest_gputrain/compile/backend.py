@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,10 @@ def standing_in(backend: str) -> Iterator[None]:
         yield
         return
     compiler: Any = registry.lookup_backend(backend)
-    registry.lookup_backend("inductor")  # so that it is there to be replaced
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, when it is imported first
+        registry.lookup_backend("inductor")  # so that it is there to be replaced
+        import torch._inductor.compile_fx
 
     def compile_instead(*args: Any, **_options: Any) -> Any:
         return compiler(*args[-2:])  # the wrapper's method has itself before module and inputs

@@ -49,7 +49,9 @@ class StepTimes:
         if not figures["num_steps"]:
             return [f"Avg time/step: not measured ({len(self.steps)} steps, the first {self.warmup} warm up)"]
         unit, speed, share = figures["unit"], figures["per_second"], figures["useful_share"]
-        said = [f"Avg time/step: {figures['seconds_per_step']:.3f}s | {unit.capitalize()}/sec: {speed:.1f}"]
+        said = [f"Avg time/step: {figures['seconds_per_step']:.3f}s"]
+        if speed:  # 0 where no batch was told
+            said[0] += f" | {unit.capitalize()}/sec: {speed:.1f}"
         if share is not None:
             said.append(f"Useful tokens/sec: {speed * share:.1f} ({share:.1%} of all count in the loss)")
         return said

@@ -92,8 +92,10 @@ class Validation:
             self._tell(*(line + of for line in self._times.lines()))
 
     @contextlib.contextmanager
-    def step(self, batch: Any) -> Iterator[None]:
-        """Around one training step. ``batch``: what it trains on, or the list of its micro-batches."""
+    def step(self, batch: Any = None) -> Iterator[None]:
+        """Around one training step. ``batch``: what it trains on, or the list of its micro-batches; without
+        it only time is told.
+        """
         if self._monitor is None or self._verdict is None:
             yield
             return
@@ -116,6 +118,8 @@ class Validation:
 
     def _tell_shape(self, number: int, tokens: BatchTokens) -> None:
         shape = f"torch.Size({list(tokens.shape)})"
+        if not tokens.shape:
+            return
         if tokens.num_micro_batches > 1:
             shape += f" x {tokens.num_micro_batches} micro-batches"
         if not self._shapes or (shape != self._shapes[-1] and len(self._shapes) < _MOST_SHAPES):
