@@ -23,7 +23,9 @@ class CheckContext:
     even, because it is also split in two. launcher: what starts ranks; None is the pytest session's, with
     its options, and outside pytest the package's own. finder: what looks for a batch size, a function or
     "module:attribute" (``checks.batch_finders`` says how it is called); None is ``find_batch``.
-    Raises ValueError for a value that is not legal.
+    meter: what a loop measures its speed with, for ``compile_speed`` to judge (``checks.compile_meter`` says
+    how it is called); None measures the case alone. compile_report: folder for what the compile checks saw,
+    absolute. Raises ValueError for a value that is not legal.
     """
 
     device: str = "cpu"
@@ -33,6 +35,8 @@ class CheckContext:
     batch_size: int = 4
     launcher: Any = None
     finder: Any = None
+    meter: Any = None
+    compile_report: str | None = None
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:

@@ -36,6 +36,7 @@ _HOMES = {
     "accumulation_schedule": "accumulation_schedule",
     "batch_size_found": "batch_found",
     "batch_size_holds": "batch_holds",
+    "compile_parity": "compile_parity",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pytest_gputrain.case import TrainingCase
@@ -29,15 +30,19 @@ def run_checks(
     on_result: OnResult | None = None,
     launcher: Any = None,
     finder: Any = None,
+    meter: Any = None,
+    compile_report: str | Path | None = None,
 ) -> list[CheckResult]:
     """One result a check, in the order asked for (default: all, in their own order).
 
     timeout: seconds one launch may take; on_result: called as each result comes; launcher: starts the ranks,
-    default the package's own; finder: looks for a batch size, default ``find_batch``. A check in
-    ``case.expected_failures`` that fails is ``skipped``, with the reason; one that passes is ``failed``. Once
-    ``ddp_completes`` failed with a hang, ``ddp_parity`` and ``ddp_data_differs`` are ``skipped``. Raises
-    ValueError (CaseError) with one line for an unknown check, or a case whose model cannot be built or whose
-    batch cannot be drawn, and LaunchUsageError (a ValueError) for what no launch can be asked.
+    default the package's own; finder: looks for a batch size, default ``find_batch``; meter: a loop's own
+    measurement of speed, which ``compile_speed`` then judges; compile_report: a folder for tables and
+    pictures of eager against compiled. A check in ``case.expected_failures`` that fails is ``skipped``, with
+    the reason; one that passes is ``failed``. Once ``ddp_completes`` failed with a hang, ``ddp_parity`` and
+    ``ddp_data_differs`` are ``skipped``. Raises ValueError (CaseError) with one line for an unknown check, or
+    a case whose model cannot be built or whose batch cannot be drawn, and LaunchUsageError (a ValueError) for
+    what no launch can be asked.
     """
     if not isinstance(case, TrainingCase):
         raise ValueError(
@@ -45,7 +50,13 @@ def run_checks(
         )
     ids = chosen_ids(checks)
     ctx = CheckContext(
-        device=device, world_size=world_size, timeout=timeout, launcher=launcher, finder=finder
+        device=device,
+        world_size=world_size,
+        timeout=timeout,
+        launcher=launcher,
+        finder=finder,
+        meter=meter,
+        compile_report=None if compile_report is None else str(Path(compile_report).absolute()),
     )
     preflight(case, ctx)
     results: list[CheckResult] = []

@@ -17,6 +17,14 @@ BATCH_SIZE = ("batch_size_found", "batch_size_holds")
 # Of programs that were planted for another subject, those in which memory is likely to look suspicious.
 SUSPICIOUS = ("batchnorm_convnet", "mixture_of_experts", "stochastic_depth", "length_buckets_all_ranks_share")
 ACCUMULATION = ("accumulation_parity", "accumulation_schedule")
+# A compilation takes its second: on programs planted for another subject these are nightly.
+COMPILE = (
+    "compile_no_recompiles",
+    "compile_parity",
+    "compile_checkpoint_keys",
+    "batch_shapes_constant",
+    "compile_speed",
+)
 ACCUMULATES = ("batchnorm_convnet", "tied_weights", "autocast", "scheduler_and_clipping_by_hand")
 # Healthy, but for a copy of the whole model that comes in a later step than a finder tries.
 COMES_LATE = ("model_copied_and_saved",)
@@ -39,8 +47,14 @@ def about_memory(plant: Plant) -> bool:
     return plant.case.__module__.endswith(("_memory", "_finders")) or plant.name in SUSPICIOUS
 
 
+def about_compiling(plant: Plant) -> bool:
+    return "_compile" in plant.case.__module__.rpartition(".")[2]
+
+
 def is_planted_for(check: str, plant: Plant) -> bool:
     """Whether this check is likely to go wrong on this healthy program: the other pairs are slow."""
+    if check in COMPILE or about_compiling(plant):
+        return check in COMPILE and about_compiling(plant)
     if check in BATCH_SIZE:
         return about_memory(plant)
     if plant.case.__module__.endswith("_accumulation"):
