@@ -14,23 +14,25 @@ from statistics import fmean, variance
 # Standard errors. One pair of samples in about 10 million is as far apart by chance, among a few hundred that
 # a case has, and small samples have heavier tails.
 FAR = 6.5
-# Of standard deviations, for samples of 16 and more.
-SPREAD = 3.0
+# A deviation varies more than normal numbers' does where tails are heavy.
+TAILS = 1.5
 NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
 class Difference:
-    """errors: how many standard errors the means are apart. spread: ratio of the standard deviations."""
+    """errors: how many standard errors the means are apart. spread: ratio of the
+    standard deviations; allowed: how large it may be, or how small its inverse."""
 
     errors: float
     spread: float
+    allowed: float
     one: float
     other: float
 
     @property
     def real(self) -> bool:
-        return self.errors > FAR or not 1 / SPREAD < self.spread < SPREAD
+        return self.errors > FAR or not 1 / self.allowed < self.spread < self.allowed
 
 
 def differ(one: Sequence[float], other: Sequence[float], rounding: float) -> Difference:
@@ -44,4 +46,5 @@ def differ(one: Sequence[float], other: Sequence[float], rounding: float) -> Dif
     deviations = [math.sqrt(variance(sample)) for sample in (one, other)]
     error = math.hypot(deviations[0] / math.sqrt(len(one)), deviations[1] / math.sqrt(len(other)))
     errors = max(0.0, abs(second - first) - exact) / (error + exact)
-    return Difference(errors, (deviations[1] + exact) / (deviations[0] + exact), first, second)
+    allowed = math.exp(FAR * TAILS / math.sqrt(min(len(one), len(other)) - 1))
+    return Difference(errors, (deviations[1] + exact) / (deviations[0] + exact), allowed, first, second)

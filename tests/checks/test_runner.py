@@ -25,6 +25,7 @@ IDS = [
     "accumulation_schedule",
     "batch_size_found",
     "batch_size_holds",
+    "compile_parity",
 ]
 
 
@@ -35,6 +36,7 @@ def test_ids_are_the_designs() -> None:
         "data parallel",
         "accumulation",
         "batch size",
+        "compile",
     }
 
 
