@@ -25,7 +25,8 @@ class CheckContext:
     "module:attribute" (``checks.batch_finders`` says how it is called); None is ``find_batch``.
     meter: what a loop measures its speed with, for ``compile_speed`` to judge (``checks.compile_meter`` says
     how it is called); None measures the case alone. compile_report: folder for what the compile checks saw,
-    absolute. Raises ValueError for a value that is not legal.
+    absolute. compile_backend: what the compile checks put in inductor's place; None is "aot_eager" on cpu,
+    and on cuda what the case compiles with. Raises ValueError for a value that is not legal.
     """
 
     device: str = "cpu"
@@ -37,6 +38,7 @@ class CheckContext:
     finder: Any = None
     meter: Any = None
     compile_report: str | None = None
+    compile_backend: str | None = None
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -47,6 +49,14 @@ class CheckContext:
             raise ValueError(f"timeout is {self.timeout!r}; give seconds above 0, or None for the default")
         if self.batch_size < 2 or self.batch_size % 2:
             raise ValueError(f"batch_size is {self.batch_size!r}; give an even number, 2 or more")
+
+        if self.compile_backend is not None and not (
+            isinstance(self.compile_backend, str) and self.compile_backend.strip()
+        ):
+            raise ValueError(
+                f"compile_backend is {self.compile_backend!r}; give a backend's name as torch.compile takes "
+                "it (aot_eager, eager, inductor), or None for the default"
+            )
 
     def for_ranks(self) -> CheckContext:
         """The same without the launcher, which stays in the process that launches."""

@@ -76,13 +76,14 @@ def parametrize_with_checks(
     device: str = "cpu",
     world_size: int = 2,
     timeout: float | None = None,
+    compile_backend: str | None = None,
 ) -> pytest.MarkDecorator | Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate ``def test_training(case, check): check(case)``, or ``def test_training(check): check()``.
 
     Ids are ``test_training[gpt-ddp_parity]``. A check in a case's ``expected_failures`` is a strict xfail.
     Raises ValueError with one line for an unknown check or something that is no case.
     """
-    ctx = CheckContext(device=device, world_size=world_size, timeout=timeout)
+    ctx = CheckContext(device=device, world_size=world_size, timeout=timeout, compile_backend=compile_backend)
     bound = [BoundCheck(check_id, case, ctx) for case in _cases(cases) for check_id in chosen_ids(checks)]
     # An unknown name is told at collection, on the line of the decorator.
     for case in {id(check.case): check.case for check in bound}.values():

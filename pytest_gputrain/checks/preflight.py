@@ -18,7 +18,7 @@ _WAY_OUT = {
 }
 
 # By identity, with the case kept alive: a case is looked at once in a process, not once a check.
-_seen: dict[int, TrainingCase] = {}
+_seen: dict[tuple[int, str | None], TrainingCase] = {}
 
 
 def check_names(case: TrainingCase) -> None:
@@ -36,7 +36,7 @@ def preflight(case: TrainingCase, ctx: CheckContext) -> None:
     from pytest_gputrain.checks.ranks import alone
 
     check_names(case)
-    if id(case) in _seen:
+    if _seen.get((id(case), ctx.compile_backend)) is case:
         return
     try:
         problem = alone(_try, case, ctx, doing="building the model and drawing one batch")
@@ -44,7 +44,7 @@ def preflight(case: TrainingCase, ctx: CheckContext) -> None:
         return  # a crash or a hang is a finding: the checks themselves tell it, with their launch's report
     if problem:
         raise CaseError(problem)
-    _seen[id(case)] = case
+    _seen[id(case), ctx.compile_backend] = case
 
 
 def _try(case: TrainingCase, ctx: CheckContext) -> str | None:
@@ -70,4 +70,17 @@ def _try(case: TrainingCase, ctx: CheckContext) -> str | None:
         return (
             f"case {case.name!r}: batch() returned no tensor, but {made['batch']!r:.60}; {_WAY_OUT['batch']}"
         )
+    return _unknown_backend(ctx)
+
+
+def _unknown_backend(ctx: CheckContext) -> str | None:
+    """Asked after the case's module was imported, which may register a backend of its own."""
+    if ctx.compile_backend is None:
+        return None
+    from pytest_gputrain.compile.backend import validate_backend
+
+    try:
+        validate_backend(ctx.compile_backend, ctx.device)
+    except ValueError as error:
+        return str(error)
     return None

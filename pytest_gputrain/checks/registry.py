@@ -36,7 +36,9 @@ _HOMES = {
     "accumulation_schedule": "accumulation_schedule",
     "batch_size_found": "batch_found",
     "batch_size_holds": "batch_holds",
+    "compile_no_recompiles": "compile_recompiles",
     "compile_parity": "compile_parity",
+    "batch_shapes_constant": "batch_shapes",
 }
 
 

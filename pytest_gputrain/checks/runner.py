@@ -32,17 +32,19 @@ def run_checks(
     finder: Any = None,
     meter: Any = None,
     compile_report: str | Path | None = None,
+    compile_backend: str | None = None,
 ) -> list[CheckResult]:
     """One result a check, in the order asked for (default: all, in their own order).
 
     timeout: seconds one launch may take; on_result: called as each result comes; launcher: starts the ranks,
     default the package's own; finder: looks for a batch size, default ``find_batch``; meter: a loop's own
     measurement of speed, which ``compile_speed`` then judges; compile_report: a folder for tables and
-    pictures of eager against compiled. A check in ``case.expected_failures`` that fails is ``skipped``, with
-    the reason; one that passes is ``failed``. Once ``ddp_completes`` failed with a hang, ``ddp_parity`` and
-    ``ddp_data_differs`` are ``skipped``. Raises ValueError (CaseError) with one line for an unknown check, or
-    a case whose model cannot be built or whose batch cannot be drawn, and LaunchUsageError (a ValueError) for
-    what no launch can be asked.
+    pictures of eager against compiled; compile_backend: in inductor's place, default "aot_eager" on cpu. A
+    check in ``case.expected_failures`` that fails is ``skipped``, with the reason; one that passes is
+    ``failed``. Once ``ddp_completes`` failed with a hang, ``ddp_parity`` and ``ddp_data_differs`` are
+    ``skipped``. Raises ValueError (CaseError) with one line for an unknown check or backend, or a case whose
+    model cannot be built or whose batch cannot be drawn, and LaunchUsageError (a ValueError) for what no
+    launch can be asked.
     """
     if not isinstance(case, TrainingCase):
         raise ValueError(
@@ -57,6 +59,7 @@ def run_checks(
         finder=finder,
         meter=meter,
         compile_report=None if compile_report is None else str(Path(compile_report).absolute()),
+        compile_backend=compile_backend,
     )
     preflight(case, ctx)
     results: list[CheckResult] = []

@@ -74,6 +74,15 @@ def flag_of(variable: str) -> bool:
         raise UsageError(f"{variable}={text!r} is not legal; give {LEGAL_FLAG}") from None
 
 
+def backend(text: str) -> str:
+    """The name of a torch.compile backend; whether torch knows it is asked where torch is imported."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "the name is empty; give a backend of torch.compile, such as aot_eager"
+        )
+    return text.strip()
+
+
 def device(text: str) -> str:
     if text not in DEVICES:
         raise argparse.ArgumentTypeError(f"{text!r} is not legal; give {' or '.join(DEVICES)}")

@@ -16,6 +16,7 @@ from pytest_gputrain.cli.arguments import (
     LIST,
     UsageError,
     add_deadlines,
+    backend,
     device,
     file,
     flag_of,
@@ -49,6 +50,12 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add("--world-size", type=ranks, default=2, metavar="N", help="number of ranks (default: 2)")
     add("--device", type=device, default="cpu", help="cpu (gloo, the default) or cuda (nccl)")
     add("--share-gpu", action="store_true", help="with cuda: ranks that outnumber the GPUs share by gloo")
+    add(
+        "--compile-backend",
+        type=backend,
+        metavar="NAME",
+        help="in inductor's place (default on cpu: aot_eager)",
+    )
     add_deadlines(check)
     add("--json", type=file, metavar="FILE", help="also write the results there")
 
@@ -69,7 +76,12 @@ def _check(options: argparse.Namespace) -> int:
     if options.stall is not None or options.share_gpu:
         stall = {} if options.stall is None else {"stall": options.stall}
         SESSION_LAUNCHER.set(Launcher(defaults=LaunchDefaults(share_gpu=options.share_gpu, **stall)))
-    context = CheckContext(device=options.device, world_size=options.world_size, timeout=options.timeout)
+    context = CheckContext(
+        device=options.device,
+        world_size=options.world_size,
+        timeout=options.timeout,
+        compile_backend=options.compile_backend,
+    )
     results: list[CheckResult] = []
     try:
         for case in cases:  # all of them before the first check: bad input is told at once, not an hour later
@@ -84,6 +96,7 @@ def _check(options: argparse.Namespace) -> int:
                 device=options.device,
                 world_size=options.world_size,
                 timeout=options.timeout,
+                compile_backend=options.compile_backend,
                 on_result=show,
             )
     except (CaseError, LaunchUsageError) as error:

@@ -184,9 +184,15 @@ def dynamic_inputs(graph: Any) -> tuple[str, ...]:
         if node.op != "placeholder":
             continue
         value = node.meta.get("example_value")
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) or _is_float(node, value):
             names.append(_source(node) or str(node.name))
     return tuple(names)
+
+
+def _is_float(node: Any, value: Any) -> bool:
+    """Whether this input is a Python float, which dynamo passes as a tensor without dimensions."""
+    as_tensor = getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
+    return bool(as_tensor) and isinstance(value, torch.Tensor) and value.dim() == 0
 
 
 def _source(node: Any) -> str | None:

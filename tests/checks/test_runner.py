@@ -25,7 +25,9 @@ IDS = [
     "accumulation_schedule",
     "batch_size_found",
     "batch_size_holds",
+    "compile_no_recompiles",
     "compile_parity",
+    "batch_shapes_constant",
 ]
 
 
@@ -176,6 +178,11 @@ def test_unusable_case_is_one_line_before_any_check(fields: Any, start: str, end
         ({"checks": "ddp_parity"}, "checks is the string 'ddp_parity'; give a list of ids, ['ddp_parity']"),
         ({"device": "tpu"}, "device is 'tpu'; give one of cpu, cuda"),
         ({"world_size": 1}, "world_size is 1; data-parallel checks need 2 or more"),
+        (
+            {"compile_backend": ""},
+            "compile_backend is ''; give a backend's name as torch.compile takes it (aot_eager, eager, "
+            "inductor), or None for the default",
+        ),
         ({"timeout": -1}, "timeout is -1; give seconds above 0, or None for the default"),
     ],
 )

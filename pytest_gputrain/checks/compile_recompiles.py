@@ -1,0 +1,140 @@
+"""Does a compiled loop stay compiled? Training, evaluation, a checkpoint and toggles, watched by the monitor.
+
+Answers by graphs that ran and graphs that were compiled, not by what the model is wrapped in. One process.
+Does not see what happens later than in some 30 steps, nor ranks that compile at different steps.
+"""
+
+from __future__ import annotations
+
+import re
+
+from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.checks.compile_growth import LINES, WARM_UP, growth, likely, lines, reason_of, words_of
+from pytest_gputrain.checks.compile_loop import TRAIN, Loop, Unit, run_loop
+from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.ranks import alone
+from pytest_gputrain.checks.registry import check
+from pytest_gputrain.checks.result import CheckFailed, Figures
+from pytest_gputrain.compile.records import CompileReport, GraphBreak
+
+BRIEF = 160
+# What waits for the device in the middle of forward, or cannot be in a graph at all: seldom meant.
+_COSTLY = re.compile(
+    r"Tensor\.item|tolist|local_scalar_dense|`print`|ata-dependent branching|Data dependent operator|numpy"
+)
+
+
+@check("compile_no_recompiles", subject="compile")
+def check_compile_no_recompiles(case: TrainingCase, ctx: CheckContext) -> Figures:
+    """Fails when nothing compiled runs, graphs grow after warm-up, or torch falls back to eager."""
+    loop: Loop = alone(run_loop, case, ctx, doing="training the compiled model")
+    report = loop.report
+    assert report is not None
+    steps = [unit for unit in loop.units if unit.phase == TRAIN]
+    figures: Figures = {
+        "steps": len(steps),
+        "graphs": len(report.graphs),
+        "recompiles": len(report.recompiles),
+        "graph breaks": len(report.breaks),
+        "seconds compiling": round(report.compile_seconds, 2),
+    }
+    _judge_errors(report, loop.units, figures)
+    _judge_growth(loop, report, figures)
+    _judge_runs(loop, steps, figures)
+    _judge_breaks(report, figures)
+    notes = [loop.left_out] if loop.left_out else []
+    return {**figures, "notes": notes + _notes(report)}
+
+
+def _judge_errors(report: CompileReport, units: list[Unit], figures: Figures) -> None:
+    """Raises CheckFailed where torch has swallowed an error and runs eager instead."""
+    swallowed = [error for error in report.suppressed if error.swallowed_by == "torch"]
+    if swallowed:
+        first = swallowed[0]
+        raise CheckFailed(
+            f"torch runs eager after an error that it does not tell, in {first.function}   at "
+            f"{first.location}: {first.message}\n"
+            "  likely: torch._dynamo.config.suppress_errors is on; turn it off and mend what it hides",
+            figures,
+        )
+
+
+def _judge_growth(loop: Loop, report: CompileReport, figures: Figures) -> None:
+    found = growth(loop.units, report)
+    if report.limit_hits:
+        hit = report.limit_hits[0]
+        of = sum(graph.function == hit.function for graph in report.graphs)
+        where = next((words_of(u) for u in loop.units if u.number == hit.step), "the first step")
+        head = f"{of} graphs, then torch ran eager (recompile limit {hit.limit}) from {where} on"
+    elif found:
+        bad = sum(len(one.graphs) for one in found)
+        head = (
+            f"{bad} of {len(report.graphs)} graphs were compiled after warm-up ({WARM_UP} steps), the first "
+            f"in {words_of(found[0].unit)}"
+        )
+    else:
+        return
+    told = lines(found, loop.units) or [f"  {r.location}  {reason_of(r)}" for r in report.recompiles[:3]]
+    why = [f"  likely: {likely(found, loop.units)}"] if found else []
+    raise CheckFailed("\n".join([head, *told, *why]), {**figures, "growth": len(found)})
+
+
+def _judge_runs(loop: Loop, steps: list[Unit], figures: Figures) -> None:
+    """Raises CheckFailed where steps run nothing that is compiled."""
+    idle = [unit.index for unit in steps if not unit.runs]
+    if not idle:
+        return
+    if len(idle) < len(steps):
+        raise CheckFailed(
+            f"no compiled graph ran in {len(idle)} of {len(steps)} steps, the first of them step {idle[0]}\n"
+            "  likely: the step calls the original model there, or replaces what is compiled",
+            figures,
+        )
+    what = "the model itself" if loop.is_itself else "another object"
+    raise CheckFailed(
+        f"nothing compiled runs: no graph ran in {len(steps)} steps; compile(model) returned {what}\n"
+        f"  likely: {_NOT_COMPILED if loop.is_itself else _NOT_CALLED}",
+        figures,
+    )
+
+
+_NOT_COMPILED = (
+    "it does not compile, or catches the error and returns the model; return torch.compile(model), or model "
+    "after model.compile()"
+)
+_NOT_CALLED = (
+    "step or loss calls the original model (a closure, model._orig_mod) instead of what it is given, or "
+    "forward is excluded (torch.compiler.disable)"
+)
+
+
+def _judge_breaks(report: CompileReport, figures: Figures) -> None:
+    """Raises CheckFailed where forward waits for a value, or prints, in the middle."""
+    costly = list({(b.location, b.reason): b for b in report.breaks if _COSTLY.search(b.reason)}.values())
+    if not costly:
+        return
+    number = "a graph break" if len(costly) == 1 else f"{len(costly)} graph breaks"
+    others = [f"  and at {found.location}: {_brief(found)}" for found in costly[1:LINES]]
+    raise CheckFailed(
+        f"{number} in what is compiled, at {costly[0].location}: {_brief(costly[0])}\n"
+        + "\n".join(
+            [
+                *others,
+                "  likely: forward reads a tensor's value (.item(), if, print); do that outside "
+                "of what is compiled, or compute with the tensor (torch.where)",
+            ]
+        ),
+        figures,
+    )
+
+
+def _brief(found: GraphBreak) -> str:
+    """The reason in a few words: what dynamo calls it, and of its explanation as much as a line holds."""
+    reason = found.reason.removeprefix("Graph Break Reason: ")
+    return reason if len(reason) <= BRIEF else f"{reason[: BRIEF - 3]}..."
+
+
+def _notes(report: CompileReport) -> list[str]:
+    others = {(found.location, found.reason): found for found in report.breaks}.values()
+    told = [f"graph break at {found.location}: {_brief(found)}" for found in others]
+    return [*told[:LINES], *report.notes]

@@ -1,0 +1,165 @@
+"""Healthy compiled programs that compile more than once, or have shapes that vary, and are right to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pytest_gputrain.case import TrainingCase
+from tests.planted.broken_compile_shapes import (
+    LENGTH,
+    VOCABULARY,
+    Documents,
+    Tagger,
+    pad_to_longest,
+    padded_to_longest,
+    tagger,
+    tokens,
+)
+from tests.planted.broken_compile_values import Annealed, AnnealingStep, CompiledUpdate
+from tests.planted.plant import WIDTH, Net, case, draw, healthy
+
+
+def compile_dynamic(model: Any) -> Any:
+    return torch.compile(model, dynamic=True)
+
+
+@healthy
+def lengths_vary_by_choice() -> TrainingCase:
+    return tagger("lengths_vary_by_choice", batches=padded_to_longest, compile=compile_dynamic)
+
+
+def compile_as_it_comes(model: Any) -> Any:
+    return torch.compile(model)
+
+
+@healthy
+def lengths_made_dynamic_by_torch() -> TrainingCase:
+    """dynamic=None: one compilation more, the first time that a length is another."""
+    return tagger("lengths_made_dynamic_by_torch", batches=padded_to_longest, compile=compile_as_it_comes)
+
+
+@healthy
+def schedule_made_dynamic_by_torch() -> TrainingCase:
+    """A float that changes from the ninth step on: with dynamic=None compiled twice, then an input."""
+    return case(
+        "schedule_made_dynamic_by_torch",
+        model=Annealed,
+        step=AnnealingStep(hold=9),
+        compile=compile_as_it_comes,
+    )
+
+
+class OtherInEvaluation(nn.Module):
+    """BatchNorm and dropout, and another branch in evaluation: a second graph, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.net = nn.BatchNorm1d(WIDTH), nn.Dropout(0.1), Net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(self.drop(self.norm(x)))
+        return out if self.training else out.clamp(-10, 10)
+
+
+@healthy
+def second_graph_for_evaluation() -> TrainingCase:
+    return case("second_graph_for_evaluation", model=OtherInEvaluation)
+
+
+class TiedTagger(Tagger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(VOCABULARY, VOCABULARY)
+        self.back = nn.Linear(4, 16, bias=False)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        scores: Tensor = self.back(self.net(self.embed(tokens))) @ self.embed.weight.T
+        return scores + self.head.bias
+
+
+def pad_to_fixed(documents: list[Tensor]) -> dict[str, Tensor]:
+    """64 columns of inputs, whatever comes."""
+    batch = pad_to_longest(documents)
+    more = 64 - batch["inputs"].shape[1]
+    inputs, targets = F.pad(batch["inputs"], (0, more)), F.pad(batch["targets"], (0, more), value=-100)
+    return {"inputs": inputs, "targets": targets, "documents": torch.tensor(len(documents))}
+
+
+def padded_to_fixed() -> Any:
+    return torch.utils.data.DataLoader(Documents(62), batch_size=4, collate_fn=pad_to_fixed, drop_last=True)
+
+
+@healthy
+def tied_weights_and_fixed_padding() -> TrainingCase:
+    return tagger("tied_weights_and_fixed_padding", model=TiedTagger, batches=padded_to_fixed)
+
+
+def compile_in_place(model: Any) -> Any:
+    model.compile(dynamic=False, mode="reduce-overhead")
+    return model
+
+
+@healthy
+def compiled_in_place() -> TrainingCase:
+    return case("compiled_in_place", compile=compile_in_place)
+
+
+def compile_regions(model: Any) -> Any:
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = torch.compile(block, dynamic=False, fullgraph=True)
+    return model
+
+
+def saved_by_the_names_it_had(model: Any) -> dict[str, Tensor]:
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
+
+
+@healthy
+def regions_compiled() -> TrainingCase:
+    return case("regions_compiled", compile=compile_regions, state_dict=saved_by_the_names_it_had)
+
+
+def ragged() -> Iterator[Any]:
+    """Lists of documents, which the loss pads to a fixed length: what varies never reaches the model."""
+    for _ in range(20):
+        yield [torch.randint(VOCABULARY, (int(n),)) for n in torch.randint(2, LENGTH, (4,))]
+
+
+def ragged_draw(batch_size: int, device: Any) -> Any:
+    return [row.to(device) for row in tokens(batch_size, "cpu")["inputs"]]
+
+
+def padding_loss(model: Any, batch: Any) -> Tensor:
+    inputs = torch.stack([F.pad(row, (0, LENGTH - len(row))) for row in batch])
+    scores = model(inputs)
+    return F.cross_entropy(scores[:, :-1].flatten(0, 1), inputs[:, 1:].flatten())
+
+
+@healthy
+def padded_in_the_loss() -> TrainingCase:
+    return tagger("padded_in_the_loss", batch=ragged_draw, batches=ragged, loss=padding_loss)
+
+
+def tensor_rate(model: Any) -> Any:
+    return torch.optim.SGD(model.parameters(), lr=torch.tensor(1e-2))
+
+
+@healthy
+def compiled_optimizer() -> TrainingCase:
+    """A learning rate in a tensor: a schedule that changes it compiles nothing anew."""
+    return case("compiled_optimizer", optimizer=tensor_rate, step=CompiledUpdate())
+
+
+def endless() -> Iterator[Any]:
+    while True:
+        yield draw(4, "cpu")
+
+
+@healthy
+def endless_stream() -> TrainingCase:
+    return case("endless_stream", batches=endless)
