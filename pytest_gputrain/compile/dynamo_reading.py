@@ -74,11 +74,12 @@ def location_of(code: CodeType) -> str:
 
 def calling_line() -> str | None:
     """The user's line in which this thread is now."""
-    frames, frame = [], sys._getframe(1)
-    here: Any = frame
+    frames = []
+    here: Any = sys._getframe(1)
     while here is not None:
-        if not here.f_code.co_filename.startswith(_HERE):
-            frames.append(Frame(here.f_code.co_filename, here.f_lineno, here.f_code.co_name))
+        code = here.f_code
+        if not code.co_filename.startswith(_HERE):
+            frames.append(Frame(code.co_filename, here.f_lineno, _unresumed(code.co_name)))
         here = here.f_back
     found = user_frame(frames)
     return None if found is None else str(found)
@@ -131,8 +132,12 @@ def _innermost(text: str) -> str | None:
 
 
 def _frame(found: re.Match[str]) -> Frame:
-    resumed = _RESUMED.match(found["function"])
-    return Frame(found["file"], int(found["line"]), resumed[1] if resumed else found["function"])
+    return Frame(found["file"], int(found["line"]), _unresumed(found["function"]))
+
+
+def _unresumed(function: str) -> str:
+    resumed = _RESUMED.match(function)
+    return resumed[1] if resumed else function
 
 
 def stack_of(error: BaseException) -> str | None:

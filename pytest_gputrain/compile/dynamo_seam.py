@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pytest_gputrain.compile.book import Book
-from pytest_gputrain.compile.dynamo_watch import Watch
+from pytest_gputrain.compile.dynamo_watch import Watch, cudagraph_skips
 
 
 class MonitorUnavailable(RuntimeError):
@@ -53,8 +53,10 @@ def watched(book: Book) -> Iterator[None]:
         listen(torch._logging, ("trace_structured",), watch.tracing, "recompiles and graph breaks")
         listen(decorators, ("_set_stance",), watch.taking_stance, "which stance is set")
         watch.note_disabled()
+        skips = cudagraph_skips()
         yield
         watch.note_disabled()
+        watch.note_skipped_cudagraphs(skips)
 
 
 @contextlib.contextmanager

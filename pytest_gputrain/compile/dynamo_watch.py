@@ -10,8 +10,9 @@ import contextlib
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import CodeType
 from typing import Any
 
@@ -35,6 +36,7 @@ class Attempt:
     reasons: list[str] | None = None
     limit: tuple[str, int] | None = None
     raised: bool = False
+    backend_failed: str | None = None
     graphs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -90,7 +92,8 @@ class Watch:
             self._attempts.append(attempt)
             started = time.perf_counter()
             try:
-                result = original(code, *args, **kwargs)
+                with _torchs_warnings_are_no_errors():
+                    result = original(code, *args, **kwargs)
             except Exception as error:
                 with self._reading():
                     self._failed(attempt, error)
@@ -195,6 +198,8 @@ class Watch:
             return
         if not isinstance(error, (Unsupported, UserError)):
             self._book.swallowed(record)
+        elif attempt.backend_failed is not None:  # a fake tensor's exception, which torch falls back on
+            self._book.swallowed(replace(record, message=attempt.backend_failed))
         elif getattr(error, "logged", False):
             self._book.skipped(attempt.compile_id)
         else:
@@ -229,7 +234,12 @@ class Watch:
             hits, facts = _cache_hits(), {}
             with self._reading():
                 facts = reading.facts_of(module.graph, output.compiler_fn)
-            compiled = original(output, module, *args, **kwargs)
+            try:
+                compiled = original(output, module, *args, **kwargs)
+            except Exception as error:
+                if self._attempts:
+                    self._attempts[-1].backend_failed = reading.said(error.__cause__ or error)
+                raise
             if self._attempts:
                 cached, buckets = _cache_hits() > hits, reading.buckets(compiled)
                 self._attempts[-1].graphs.append({**facts, "buckets": buckets, "cached": cached})
@@ -246,6 +256,11 @@ class Watch:
             return original(stance, *args, **kwargs)
 
         return watched
+
+    def note_skipped_cudagraphs(self, before: int) -> None:
+        """Inductor leaves CUDA graphs out, with a warning at most, where it cannot use them."""
+        if (skipped := cudagraph_skips() - before) > 0:
+            self._book.note(f"inductor left CUDA graphs out {skipped} times")
 
     def note_disabled(self) -> None:
         """Dynamo may be switched off for the whole process, and does nothing then."""
@@ -286,6 +301,8 @@ class Watch:
             self._book.compiled_for((end - start) / 1e6, self._book.moment)
 
     def _broken(self, text: str) -> None:
+        if text.startswith("WON'T CONVERT"):
+            return  # a backend's exception, told again as what it leads to
         attempt = self._attempts[-1]
         self._book.add_break(
             GraphBreak(
@@ -300,12 +317,30 @@ class Watch:
         )
 
 
+@contextlib.contextmanager
+def _torchs_warnings_are_no_errors() -> Iterator[None]:
+    """Dynamo looks at what warns when looked at, and takes for granted that a warning does not raise.
+
+    Where warnings are errors, as in many a test suite, it would end in an internal error.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", module=r"torch\.")
+        yield
+
+
 def _counted(compiled: Callable[..., Any], book: Book) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         book.ran()
         return compiled(*args, **kwargs)
 
     return run
+
+
+def cudagraph_skips() -> int:
+    """How many times inductor has left out CUDA graphs in this process."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["inductor"]["cudagraph_skips"])
 
 
 def _cache_hits() -> int:

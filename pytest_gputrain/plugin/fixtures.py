@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_gputrain.batch.finder import BatchFinder
-    from pytest_gputrain.compile.monitor import CompileMonitor
+    from pytest_gputrain.plugin.compile import MonitorMaker
     from pytest_gputrain.plugin.launcher import PytestLauncher
     from pytest_gputrain.plugin.memory import GuardMaker
     from pytest_gputrain.trace.gradients import GradTracer
@@ -69,15 +68,15 @@ def grad_tracer() -> type[GradTracer]:
 
 # Under another name than the fixture's: `from pytest_gputrain import compile_monitor` is the function itself.
 @pytest.fixture(name="compile_monitor")
-def compile_monitor_fixture() -> Callable[[], CompileMonitor]:
+def compile_monitor_fixture(request: pytest.FixtureRequest) -> MonitorMaker:
     """Return ``compile_monitor()``, a context manager that tells what torch.compile did in its block.
 
     Graphs, recompiles with dynamo's reason, graph breaks, the recompile limit, swallowed backend errors, and
     how often compiled graphs ran. Dynamo is reset before and after, its configuration put back.
     """
-    from pytest_gputrain.compile.monitor import compile_monitor
+    from pytest_gputrain.plugin.compile import MonitorMaker
 
-    return compile_monitor
+    return MonitorMaker(request.node)
 
 
 @pytest.fixture

@@ -111,6 +111,10 @@ def pytest_runtest_makereport(
         from pytest_gputrain.plugin import memory
 
         memory.complete(item, call)
+    if "pytest_gputrain.plugin.compile" in sys.modules:
+        from pytest_gputrain.plugin import compile as compile_monitors
+
+        compile_monitors.complete(item, call)
     return (yield)
 
 

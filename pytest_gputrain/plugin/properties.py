@@ -15,6 +15,7 @@ REFUSED = "gputrain_refused"
 LEASE = "gputrain_lease"
 ARTIFACTS = "gputrain_artifacts"
 PEAK_MEMORY = "gputrain_peak_memory"
+COMPILED = "gputrain_compiled"
 
 
 def add(item: pytest.Item, name: str, value: object) -> None:
