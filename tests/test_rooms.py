@@ -23,6 +23,7 @@ TORCH_AT_THE_TOP = (
     "tensor_parallel/golden",
     "tensor_parallel/finish",
     "tensor_parallel/local",
+    "tensor_parallel/sequence",
     "tensor_parallel/styles",
 )
 

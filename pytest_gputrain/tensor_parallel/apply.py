@@ -64,7 +64,7 @@ def parallelize(
     from torch.distributed.tensor.parallel import parallelize_module
 
     from pytest_gputrain.tensor_parallel import ties
-    from pytest_gputrain.tensor_parallel.finish import replicate_rest, settle_gradients
+    from pytest_gputrain.tensor_parallel.finish import enter_loss_parallel, replicate_rest, settle_gradients
 
     modules = dict(model.named_modules())
     chosen = (
@@ -83,6 +83,8 @@ def parallelize(
     replicate_rest(model, mesh, {norm for share in shares for norm in share.norms})
     ties.restore(model, tied)
     settle_gradients(model)
+    if loss_parallel:
+        enter_loss_parallel()
     return model
 
 

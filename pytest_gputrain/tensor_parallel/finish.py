@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import loss_parallel
 
 from pytest_gputrain.tensor_parallel.styles import Replicated
 
@@ -44,3 +45,13 @@ def _settled(placements: Any, gradient: Tensor) -> Tensor:
     if isinstance(gradient, DTensor) and gradient.placements != placements:
         return gradient.redistribute(placements=placements)
     return gradient
+
+
+@cache
+def enter_loss_parallel() -> None:
+    """From here on cross entropies in this process take logits that are divided over the vocabulary.
+
+    For the whole process, because the backward, which the model does not see, must run under it too. Only
+    DTensors divided over classes are treated in another way than before.
+    """
+    loss_parallel().__enter__()

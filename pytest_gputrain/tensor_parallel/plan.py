@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.tensor_parallel import heads, roles
+from pytest_gputrain.tensor_parallel.plan_sequence import over_sequence
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,6 +18,7 @@ def tp_plan_for(model: nn.Module, *, sequence_parallel: bool = False, loss_paral
     """Module name -> how it is sharded: attention by heads, MLPs by width, the vocabulary by rows.
 
     Modules that are not in the plan stay whole on every rank. The model may be on the meta device.
+    sequence_parallel: between attention and MLP each rank has a part of the sequence, see `sequence`.
     loss_parallel: the head's logits stay divided over the vocabulary, a DTensor; the loss must be computed,
     and its backward run, under ``torch.distributed.tensor.parallel.loss_parallel()``, which ``parallelize``
     enters.
@@ -30,7 +32,7 @@ def tp_plan_for(model: nn.Module, *, sequence_parallel: bool = False, loss_paral
     if not plan:
         raise ValueError(_unknown(model))
     plan.update(_vocabulary(modules, loss_parallel))
-    return plan
+    return over_sequence(plan, modules) if sequence_parallel else plan
 
 
 def _unknown(model: nn.Module) -> str:

@@ -99,3 +99,14 @@ def vocabulary(modules: Mapping[str, Any]) -> tuple[str | None, str | None]:
 def _is_of_positions(name: str) -> bool:
     last = name.rpartition(".")[2].lower()
     return last == "wpe" or "pos" in last or "type" in last or "segment" in last
+
+
+def layers(modules: Mapping[str, Any]) -> list[str]:
+    """The names of the layers that have attention or MLP, in the model's order: what a number names."""
+    found: dict[str, None] = {}
+    for block in blocks(modules):
+        parts = block.owner.split(".")
+        numbered = [index for index, part in enumerate(parts) if part.isdecimal()]
+        if numbered:
+            found[".".join(parts[: numbered[0] + 1])] = None
+    return list(found)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle
 
 from pytest_gputrain.tensor_parallel import local
@@ -29,9 +29,11 @@ class Replicated(ParallelStyle):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if not isinstance(parameter, DTensor):
                 local.distribute(module, name, device_mesh, [Replicate()])
-        localize = local.summed if self.summed else local.as_is
-        module.forward = local.LocalForward(module, localize)
+        module.forward = local.LocalForward(module, self.localize)
         return module
+
+    def localize(self, parameter: DTensor) -> Tensor:
+        return local.summed(parameter) if self.summed else local.as_is(parameter)
 
 
 class KeyValueParallel(ColwiseParallel):
@@ -58,21 +60,18 @@ class KeyValueParallel(ColwiseParallel):
 
 
 def _replicate_heads(style: KeyValueParallel, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    ranks_a_head = mesh.size() // style.heads
-    head = mesh.get_local_rank() // ranks_a_head
-
-    def own_head(_: nn.Module, inputs: Any, whole: DTensor) -> Any:
-        # Each rank's gradient is that of one head: summed here, once, so that weight and input get it whole.
-        same = whole.redistribute(placements=[Replicate()])
-        width = whole.size(-1) // style.heads
-        part = same.to_local(grad_placements=[Partial()])
-        return part.narrow(-1, head * width, width)
-
     def as_replica(_: nn.Module, inputs: Any) -> Any:
         x = inputs[0]
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, mesh, style.input_layouts, run_check=False)
         return (x.redistribute(placements=[Replicate()]), *inputs[1:])
+
+    def own_head(_: nn.Module, inputs: Any, whole: DTensor) -> Any:
+        # One head a rank, of which each takes its own: so no rank is asked for its number.
+        each = whole.to_local().unflatten(-1, (style.heads, 1, -1))
+        each = each.expand(*each.shape[:-2], mesh.size() // style.heads, -1).flatten(-3)
+        given = DTensor.from_local(each, mesh, [Replicate()], run_check=False)
+        return given.redistribute(placements=[Shard(-1)]).to_local()
 
     for name, _parameter in list(module.named_parameters(recurse=False)):
         local.distribute(module, name, mesh, [Replicate()])

@@ -33,13 +33,34 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen2": families.qwen2,
     "qwen3": families.qwen3,
 }
+SOME = ("opt with an odd vocabulary", "opt with another embedding width", "gpt", "qwen3")
+SEQUENCE = {"sequence_parallel": True}
+LOSS = {"loss_parallel": True}
+# Lengths that the ranks divide, that they do not, and that leave the last rank nothing.
+SHAPES = {"even": (2, 8), "odd": (3, 7), "short": (1, 5)}
+
+# What is tried: models, how they are made parallel, and the shape of the tokens.
+Trial = tuple[tuple[str, ...], dict[str, bool], str]
+TRIALS: dict[int, list[Trial]] = {
+    2: [(tuple(MODELS), {}, "even"), (SOME, SEQUENCE, "odd"), (SOME, LOSS, "odd")],
+    4: [
+        (("opt with an odd vocabulary", "llama", "llama, one key-value head", "qwen3"), {}, "even"),
+        (("opt with an odd vocabulary", "llama, one key-value head"), SEQUENCE, "short"),
+        (("opt with an odd vocabulary",), SEQUENCE | LOSS, "odd"),
+    ],
+}
 
 
-def all_errors(models: dict[str, Callable[[], Any]]) -> dict[str, dict[str, float]]:
-    from pytest_gputrain.tensor_parallel import parallelize
+def all_errors(trials: list[Trial]) -> dict[str, dict[str, float]]:
+    from pytest_gputrain import tensor_parallel
     from tests.tensor_parallel import golden
 
-    return {name: golden.errors(build, parallelize) for name, build in models.items()}
+    make: Any = tensor_parallel.parallelize
+    return {
+        f"{name} {how} {shape}": golden.errors(MODELS[name], partial(make, **how), SHAPES[shape])
+        for names, how, shape in trials
+        for name in names
+    }
 
 
 def tolerance(name: str) -> float:
@@ -48,8 +69,9 @@ def tolerance(name: str) -> float:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_family_is_as_one_process(world_size: int) -> None:
-    for of_a_rank in launch(all_errors, MODELS, world_size=world_size).values:
-        assert of_a_rank.keys() == MODELS.keys()
+    trials = TRIALS[world_size]
+    for of_a_rank in launch(all_errors, trials, world_size=world_size).values:
+        assert len(of_a_rank) == sum(len(names) for names, _, _ in trials)
         wrong = {
             (name, what): error
             for name, found in of_a_rank.items()
