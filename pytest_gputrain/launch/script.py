@@ -128,11 +128,21 @@ def _run_to_the_end(
             _execute(arguments, search_path)
     except BaseException as error:  # SystemExit and KeyboardInterrupt end scripts too
         code, details = _end_of(error)
+    _end_thread_pools()
     for thread in threading.enumerate():  # as the interpreter does before it exits
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()
     _run_exit_handlers()
     return code, details
+
+
+def _end_thread_pools() -> None:
+    """As the interpreter does before it waits for threads: idle workers of a pool end only when told to."""
+    for callback in reversed(getattr(threading, "_threading_atexits", ())):
+        try:
+            callback()
+        except Exception:
+            traceback.print_exc()
 
 
 def _execute(arguments: list[str], search_path: Sequence[str]) -> None:

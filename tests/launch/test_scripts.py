@@ -197,6 +197,18 @@ def test_exit_handlers_and_threads_run_to_their_end(tmp_path: Path) -> None:
     assert result.ranks[0].stdout == "main\nthread\nat exit\n"
 
 
+def test_a_thread_pool_that_a_script_leaves_open_ends_with_it(tmp_path: Path) -> None:
+    """As torch's inductor leaves one: the interpreter tells its idle workers to end."""
+    pool = """
+        from concurrent.futures import ThreadPoolExecutor
+
+        pool = ThreadPoolExecutor(2)
+        pool.submit(print, "worked")
+    """
+    result = launch.torchrun(write(tmp_path, "pool.py", pool), nproc=1, stall=30)
+    assert result.ranks[0].stdout == "worked\n"
+
+
 def test_files_that_a_script_leaves_open_are_written(tmp_path: Path) -> None:
     script = write(
         tmp_path,
