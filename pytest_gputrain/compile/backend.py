@@ -7,10 +7,10 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 OLDEST_TORCH = (2, 6)
 STAND_INS = ("eager", "aot_eager")
@@ -97,25 +97,28 @@ def standing_in(backend: str) -> Iterator[None]:
         yield
         return
     compiler: Any = registry.lookup_backend(backend)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, when it is imported first
-        registry.lookup_backend("inductor")  # so that it is there to be replaced
-        import torch._inductor.compile_fx
+    registry.lookup_backend("inductor")  # so that it is there to be replaced
 
     def compile_instead(*args: Any, **_options: Any) -> Any:
         return compiler(*args[-2:])  # the wrapper's method has itself before module and inputs
 
+    def asked_for(self: Any) -> dict[str, Any]:
+        return dict(self.config)  # the real one imports all of inductor, in seconds and with warnings
+
     compile_instead.__name__ = backend
+    compile_instead._tags = ()  # type: ignore[attr-defined]  # as a registered backend has
     wrapper: Any = torch._TorchCompileInductorWrapper
-    before = wrapper.__call__, registry._COMPILER_FNS["inductor"], _standing
+    outer = _standing
     torch._dynamo.reset()
-    wrapper.__call__, registry._COMPILER_FNS["inductor"], _standing = (
-        compile_instead,
-        compile_instead,
-        backend,
-    )
-    try:
-        yield
-    finally:
-        wrapper.__call__, registry._COMPILER_FNS["inductor"], _standing = before
-        torch._dynamo.reset()
+    with (
+        mock.patch.object(wrapper, "__call__", compile_instead),
+        mock.patch.object(wrapper, "get_compiler_config", asked_for),
+        mock.patch.object(wrapper, "reset"),  # of CUDA graphs, which there are none of
+        mock.patch.dict(registry._COMPILER_FNS, inductor=compile_instead),
+    ):
+        _standing = backend
+        try:
+            yield
+        finally:
+            _standing = outer
+            torch._dynamo.reset()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from pytest_gputrain.compile.book import Book
-from pytest_gputrain.compile.dynamo_watch import Watch, cudagraph_skips
+from pytest_gputrain.compile.dynamo_watch import Watch, cudagraph_skips, quietly
 
 
 class MonitorUnavailable(RuntimeError):
@@ -52,6 +52,8 @@ def watched(book: Book) -> Iterator[None]:
         listen(convert_frame, names, watch.judging_limit, "whether the recompile limit is hit")
         listen(torch._logging, ("trace_structured",), watch.tracing, "recompiles and graph breaks")
         listen(decorators, ("_set_stance",), watch.taking_stance, "which stance is set")
+        # Imports inductor when torch.compile is called for it.
+        listen(torch._TorchCompileInductorWrapper, ("get_compiler_config",), quietly, "inductor's import")
         watch.note_disabled()
         skips = cudagraph_skips()
         yield

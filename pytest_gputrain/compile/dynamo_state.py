@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,17 +23,20 @@ def restored() -> Iterator[int]:
 
     Yields how many functions had been compiled in this process before.
     """
-    import torch._dynamo
-    import torch._functorch.config
-    import torch._inductor.config
-
     before = _compiled_functions()
     with _config_kept(), _environment_kept(), _logging_kept(), _stance_kept(), _callbacks_kept():
-        torch._dynamo.reset()
+        _reset()
         try:
             yield before
         finally:
-            torch._dynamo.reset()
+            _reset()
+
+
+def _reset() -> None:
+    import torch._dynamo
+
+    with warnings_are_no_errors():  # a backend with CUDA graphs imports inductor for this
+        torch._dynamo.reset()
 
 
 def _compiled_functions() -> int:
@@ -43,7 +48,7 @@ def _compiled_functions() -> int:
 
 @contextlib.contextmanager
 def _config_kept() -> Iterator[None]:
-    before = {name: _values(sys.modules[name]) for name in _CONFIGS}
+    before = {name: _values(importlib.import_module(name)) for name in _CONFIGS}
     try:
         yield
     finally:
@@ -129,3 +134,14 @@ def _callbacks_kept() -> Iterator[None]:
         yield
     finally:
         callback_handler.start_callbacks[:], callback_handler.end_callbacks[:] = before
+
+
+@contextlib.contextmanager
+def warnings_are_no_errors() -> Iterator[None]:
+    """Dynamo looks at what warns when looked at, and takes for granted that a warning does not raise.
+
+    Where warnings are errors, as in many a test suite, it would end in an internal error.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", module=r"torch\.")
+        yield

@@ -10,7 +10,6 @@ import contextlib
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from types import CodeType
@@ -20,6 +19,7 @@ import torch
 
 from pytest_gputrain.compile import dynamo_reading as reading
 from pytest_gputrain.compile.book import Book
+from pytest_gputrain.compile.dynamo_state import warnings_are_no_errors
 from pytest_gputrain.compile.records import BackendError, Graph, GraphBreak, LimitHit, Moment, Recompile
 
 
@@ -92,7 +92,7 @@ class Watch:
             self._attempts.append(attempt)
             started = time.perf_counter()
             try:
-                with _torchs_warnings_are_no_errors():
+                with warnings_are_no_errors():
                     result = original(code, *args, **kwargs)
             except Exception as error:
                 with self._reading():
@@ -317,15 +317,14 @@ class Watch:
         )
 
 
-@contextlib.contextmanager
-def _torchs_warnings_are_no_errors() -> Iterator[None]:
-    """Dynamo looks at what warns when looked at, and takes for granted that a warning does not raise.
+def quietly(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch's own warnings are no errors in this function either."""
 
-    Where warnings are errors, as in many a test suite, it would end in an internal error.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("default", module=r"torch\.")
-        yield
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with warnings_are_no_errors():
+            return original(*args, **kwargs)
+
+    return watched
 
 
 def _counted(compiled: Callable[..., Any], book: Book) -> Callable[..., Any]:
