@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_gputrain.tensor_parallel import heads, roles
 from pytest_gputrain.tensor_parallel.plan import tp_plan_for
@@ -51,41 +51,82 @@ def parallelize(
     *,
     sequence_parallel: bool = False,
     loss_parallel: bool = False,
+    data_parallel: Literal["average", "fsdp"] = "average",
 ) -> nn.Module:
-    """Shard ``model`` in place over a 1-D mesh, and return it.
+    """Shard ``model`` in place, and return it.
 
-    plan: module name (torch's wildcards allowed) -> style; None is ``tp_plan_for(model, ...)``. Beside
-    carrying it
-    out: attention modules that see local queries are told their share of the heads, tied weights are tied
-    again, what the plan leaves out becomes a replicated DTensor (so that clipping and foreach optimizers see
-    one kind of parameter), and every gradient arrives in its parameter's own placement. Values are those of
-    the mesh's first rank. Raises ValueError, one line, for what ``validate_plan`` refuses.
+    mesh: of one dimension, or of two, one of which is called "tp" and the other is data parallel. plan:
+    module name (torch's wildcards allowed) -> style; None is ``tp_plan_for(model, ...)``. data_parallel: on
+    a mesh of two dimensions, "average" makes gradients the mean over the other, "fsdp" shards what is left
+    over it.
+
+    Beside carrying the plan out: attention modules that see local queries are told their share of the heads,
+    tied weights are tied again, what the plan leaves out becomes a replicated DTensor (so that clipping and
+    foreach optimizers see one kind of parameter), and every gradient arrives in its parameter's own
+    placement. Values are those of the mesh's first rank. Raises ValueError, one line, for what
+    ``validate_plan`` refuses.
     """
+    from pytest_gputrain.tensor_parallel.finish import enter_loss_parallel
+
+    tensor_mesh, data_mesh = dimensions(mesh, data_parallel)
+    modules = dict(model.named_modules())
+    if plan is None:
+        plan = tp_plan_for(model, sequence_parallel=sequence_parallel, loss_parallel=loss_parallel)
+    validate_plan(model, plan, tensor_mesh.size())
+    _shard(model, modules, resolve(modules, plan), tensor_mesh)
+    if data_mesh is not None:
+        _over_data(model, roles.layers(modules), data_mesh, data_parallel)
+    if loss_parallel:
+        enter_loss_parallel()
+    return model
+
+
+def dimensions(mesh: DeviceMesh, data_parallel: str = "average") -> tuple[DeviceMesh, DeviceMesh | None]:
+    """The tensor-parallel dimension of a mesh, and the data-parallel one if there is one.
+
+    Raises ValueError for a mesh whose dimensions cannot be told apart.
+    """
+    if data_parallel not in ("average", "fsdp"):
+        raise ValueError(f"data_parallel is {data_parallel!r}; legal are 'average' and 'fsdp'")
+    if mesh.ndim == 1:
+        return mesh, None
+    names = mesh.mesh_dim_names or ()
+    if mesh.ndim != 2 or TP not in names:
+        raise ValueError(
+            f"the mesh has the dimensions {tuple(mesh.shape)} named {tuple(names) or 'nothing'}; legal are "
+            f"one "
+            f"dimension, or two of which one is called {TP!r}: init_device_mesh(..., mesh_dim_names=('dp', "
+            f"'tp'))"
+        )
+    other = next(name for name in names if name != TP)
+    return mesh[TP], mesh[other]
+
+
+def _shard(model: nn.Module, modules: Any, plan: dict[str, Any], mesh: DeviceMesh) -> None:
     from torch.distributed.tensor.parallel import parallelize_module
 
     from pytest_gputrain.tensor_parallel import ties
-    from pytest_gputrain.tensor_parallel.finish import enter_loss_parallel, replicate_rest, settle_gradients
+    from pytest_gputrain.tensor_parallel.finish import replicate_rest, settle_gradients
 
-    modules = dict(model.named_modules())
-    chosen = (
-        plan
-        if plan is not None
-        else tp_plan_for(model, sequence_parallel=sequence_parallel, loss_parallel=loss_parallel)
-    )
-    validate_plan(model, chosen, mesh.size())
-    resolved = resolve(modules, chosen)
     tied = ties.find(model)
-    shares = list(_shares(modules, resolved))
-    for name, style in resolved.items():
+    shares = list(_shares(modules, plan))
+    for name, style in plan.items():
         parallelize_module(modules[name], mesh, style)
     for share in shares:
         heads.divide(share.module, share.heads, mesh.size())
     replicate_rest(model, mesh, {norm for share in shares for norm in share.norms})
     ties.restore(model, tied)
     settle_gradients(model)
-    if loss_parallel:
-        enter_loss_parallel()
-    return model
+
+
+def _over_data(model: nn.Module, layers: list[str], mesh: DeviceMesh, how: str) -> None:
+    from pytest_gputrain.tensor_parallel import data_parallel
+
+    data_parallel.same_values(model, mesh)
+    if how == "fsdp":
+        data_parallel.shard_again(model, layers, mesh)
+    else:
+        data_parallel.average_gradients(model, mesh)
 
 
 @dataclass(frozen=True)
