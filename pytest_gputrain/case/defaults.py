@@ -62,9 +62,9 @@ def unwrapped(model: Any) -> Any:
 
 
 def state_dict(model: Any) -> dict[str, Any]:
-    """The unwrapped model's state: keys without ``module.`` and ``_orig_mod.``."""
+    """The unwrapped model's state: keys without ``module.`` and ``_orig_mod.``, also of compiled regions."""
     state: dict[str, Any] = unwrapped(model).state_dict()
-    return state
+    return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ def backend_of(ctx: CheckContext) -> contextlib.AbstractContextManager[None]:
     """
     from pytest_gputrain.compile.backend import standing_in, validate_backend
 
-    name = getattr(ctx, "compile_backend", None) or (ON_CPU if ctx.device == "cpu" else "inductor")
+    name = ctx.compile_backend or (ON_CPU if ctx.device == "cpu" else "inductor")
     if lacking := validate_backend(name, ctx.device):
         raise CheckSkipped(lacking)
     return standing_in(name)

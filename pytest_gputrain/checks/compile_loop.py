@@ -65,11 +65,12 @@ class Loop:
 def run_loop(case: TrainingCase, ctx: CheckContext) -> Loop:
     """In a rank. Raises what the case raises."""
     from pytest_gputrain.checks.batch_shapes import draw
-    from pytest_gputrain.checks.compile_session import build_compiled, compiling
+    from pytest_gputrain.checks.compile_context import backend_of
+    from pytest_gputrain.checks.compile_session import build_compiled
     from pytest_gputrain.compile.monitor import compile_monitor
 
     drawn = draw(case, ctx)
-    with compiling(ctx), compile_monitor() as monitor:
+    with backend_of(ctx), compile_monitor() as monitor:
         built = build_compiled(case, ctx)
         runner = _Runner(case, ctx, built, monitor)
         first = drawn.first[:FIRST_STEPS]

@@ -1,27 +1,13 @@
-"""A case's model, compiled as the case compiles it, inside a rank: what all compile checks begin with.
-
-On CPU inductor is replaced by a backend that generates no code, unless the context names one: whether a model
-stays compiled is decided by dynamo, before any code is generated.
-"""
+"""A case's model, compiled as the case compiles it; inside a rank, within ``compile_context.backend_of``."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks.context import CheckContext
-from pytest_gputrain.checks.result import CheckFailed, CheckSkipped
-
-# Traces forward and backward, functionalised, as inductor gets them, and runs them without generating code.
-CPU_BACKEND = "aot_eager"
-
-
-def backend_for(ctx: CheckContext) -> str | None:
-    """The backend in inductor's place; None where the case's own is to be used."""
-    return ctx.compile_backend or (CPU_BACKEND if ctx.device == "cpu" else None)
+from pytest_gputrain.checks.result import CheckFailed
 
 
 @dataclass(frozen=True)
@@ -42,26 +28,8 @@ class Compiled:
         return self.compiled is not self.model
 
 
-@contextlib.contextmanager
-def compiling(ctx: CheckContext, backend: str | None = None) -> Iterator[None]:
-    """While it is open, what the case compiles with inductor is compiled with ``backend_for(ctx)`` instead.
-
-    Raises CheckSkipped, with what to install, where the backend cannot work here.
-    """
-    from pytest_gputrain.compile.backend import standing_in, validate_backend
-
-    chosen = backend or backend_for(ctx)
-    if reason := validate_backend(chosen or "inductor", device=ctx.device):
-        raise CheckSkipped(reason)
-    if chosen is None:
-        yield
-        return
-    with standing_in(chosen):
-        yield
-
-
 def build_compiled(case: TrainingCase, ctx: CheckContext) -> Compiled:
-    """Fresh weights, compiled by the case, and its optimizer; within ``compiling``.
+    """Fresh weights, compiled by the case, and its optimizer.
 
     Raises CheckFailed where ``compile`` returns what no loop could call.
     """

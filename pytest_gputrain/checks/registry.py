@@ -38,6 +38,7 @@ _HOMES = {
     "batch_size_holds": "batch_holds",
     "compile_no_recompiles": "compile_recompiles",
     "compile_parity": "compile_parity",
+    "compile_checkpoint_keys": "compile_keys",
     "batch_shapes_constant": "batch_shapes",
 }
 

@@ -5,6 +5,7 @@ In a rank, and by dynamo alone: what it compiles anew it would compile anew for 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pytest_gputrain.case import TrainingCase, pytree
@@ -22,12 +23,13 @@ def try_shapes(case: TrainingCase, ctx: CheckContext, batches: list[Any]) -> tup
 
     batches: the first is as usual, the others are different from it and from each other.
     """
-    from pytest_gputrain.checks.compile_session import build_compiled, compiling
+    from pytest_gputrain.checks.compile_context import backend_of
+    from pytest_gputrain.checks.compile_session import build_compiled
     from pytest_gputrain.checks.session import device_of, seed_for, take_step
     from pytest_gputrain.compile.monitor import compile_monitor
 
     others, usual = len(batches) - 1, 0
-    with compiling(ctx, BACKEND), compile_monitor() as monitor:
+    with backend_of(replace(ctx, compile_backend=BACKEND)), compile_monitor() as monitor:
         built = build_compiled(case, ctx)
         for index, batch in enumerate([batches[0]] * USUAL + batches[1:]):
             if index == USUAL:

@@ -27,6 +27,7 @@ IDS = [
     "batch_size_holds",
     "compile_no_recompiles",
     "compile_parity",
+    "compile_checkpoint_keys",
     "batch_shapes_constant",
 ]
 

@@ -115,13 +115,9 @@ def compile_regions(model: Any) -> Any:
     return model
 
 
-def saved_by_the_names_it_had(model: Any) -> dict[str, Tensor]:
-    return {name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}
-
-
 @healthy
 def regions_compiled() -> TrainingCase:
-    return case("regions_compiled", compile=compile_regions, state_dict=saved_by_the_names_it_had)
+    return case("regions_compiled", compile=compile_regions)
 
 
 def ragged() -> Iterator[Any]:

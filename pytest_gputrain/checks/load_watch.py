@@ -1,0 +1,57 @@
+"""Loads that a case makes by itself with ``strict=False``: whether anything of what they were given fits."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Load:
+    """given, expected: how many keys the state and the module have; loaded: in both. example: one of each."""
+
+    given: int
+    expected: int
+    loaded: int
+    example: str
+    location: str
+
+
+@contextlib.contextmanager
+def watched_loads() -> Iterator[list[Load]]:
+    """The loads that are made inside and are not strict, through torch's own ``load_state_dict``."""
+    from torch import nn
+
+    found: list[Load] = []
+    plain = nn.Module.load_state_dict
+
+    def load(self: Any, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        if not strict:
+            found.append(_look(self, state_dict))
+        return plain(self, state_dict, strict=strict, assign=assign)
+
+    nn.Module.load_state_dict = load  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        nn.Module.load_state_dict = plain  # type: ignore[method-assign]
+
+
+def _look(module: Any, state: Any) -> Load:
+    given, expected = list(state), list(module.state_dict())
+    example = f"{given[0]}, where it has {expected[0]}" if given and expected else ""
+    return Load(len(given), len(expected), len({*given} & {*expected}), example, _calling_line())
+
+
+def _calling_line() -> str:
+    from pytest_gputrain.launch.stacks import Frame, user_frame
+
+    frames, frame = [], sys._getframe(1)
+    here: Any = frame
+    while here is not None:
+        frames.append(Frame(here.f_code.co_filename, here.f_lineno, here.f_code.co_name))
+        here = here.f_back
+    return str(user_frame(frames) or "?")
