@@ -22,7 +22,6 @@ from pytest_gputrain.tensor_parallel.golden_model import (
     build,
     copy_weights,
     device_of,
-    parameters_of,
     shake,
     storages,
 )
@@ -86,6 +85,8 @@ class Pair:
         with self.world.acting():
             self.world.spread(model)
             self.parallel = apply(self.case, model, self.mesh)
+        # What training would go on from: nothing that is seeded after this says what ranks do on their own.
+        self.random_state = torch.get_rng_state()
         self._check_independence()
         self.weights = find_weights(self.reference, self.parallel, self.world)
         self._check_reference(before, self._quietly(batch))
@@ -135,5 +136,7 @@ class Pair:
             "change the modules of the given model instead"
         )
 
-    def reference_parameters(self) -> dict[str, Any]:
-        return parameters_of(self.reference)
+    def output_shape(self, batch: Any) -> tuple[int, ...]:
+        """Of the reference's main output; () where it has none."""
+        outputs = self.ask_reference(batch).outputs
+        return tuple(outputs[0][1].shape) if outputs else ()

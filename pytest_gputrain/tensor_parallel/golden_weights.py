@@ -54,6 +54,11 @@ class Weights:
             if any(s.source == source for held in by_rank if held.layout for s in held.layout.segments)
         ]
 
+    def is_replicated(self, name: str) -> bool:
+        """Whether every rank has the same part of the reference, the whole of it, in that parameter."""
+        held = self.held[name]
+        return not any(one.sharded or one.layout is None or one.layout != held[0].layout for one in held)
+
     @property
     def problem(self) -> str | None:
         """The first parameter that is not the reference's."""

@@ -200,3 +200,59 @@ def by_hand(model: Any, mesh: Any, **changes: Any) -> Any:
         mlp.up, mlp.down = Column(mlp.up, **changes.get("up", {})), Row(mlp.down, **changes.get("down", {}))
     model.head = Column(model.head, gather=True, **changes.get("head", {}))
     return model
+
+
+# --- planted
+
+
+def same_shard_everywhere(model: Any, mesh: Any) -> Any:
+    """Every rank cuts the first part."""
+    original = dist.get_rank
+    dist.get_rank = lambda group=None: 0  # type: ignore[assignment]
+    try:
+        return by_hand(model, mesh)
+    finally:
+        dist.get_rank = original
+
+
+def initialised_again(model: Any, mesh: Any) -> Any:
+    torch.manual_seed(dist.get_rank())
+    by_hand(model, mesh).norm.weight.data.normal_()
+    return model
+
+
+def seeded_by_rank(model: Any, mesh: Any) -> Any:
+    by_hand(model, mesh)
+    torch.manual_seed(dist.get_rank())
+    return model
+
+
+def whole_in_disguise(model: Any, mesh: Any) -> Any:
+    """Parameters of the right size that nobody computes with."""
+    for block in model.blocks:
+        up = block.mlp.up
+        whole = up.weight.detach().clone()
+        up.forward = lambda x, whole=whole, bias=up.bias: F.linear(x, whole, bias)
+        up.weight = nn.Parameter(whole.chunk(dist.get_world_size())[dist.get_rank()].clone())
+    return model
+
+
+def not_parallel(model: Any, mesh: Any) -> Any:
+    return model
+
+
+def linear_for_everybody(model: Any, mesh: Any) -> Any:
+    """Changes a class of the whole process."""
+    original = nn.Linear.forward
+    nn.Linear.forward = lambda self, input: original(self, input) * 2  # type: ignore[method-assign]
+    return by_hand(model, mesh)
+
+
+def clipping_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+    """Right for one process and for DTensors, wrong for shards cut by hand."""
+    optimizer.zero_grad()
+    value = loss(model, micro_batches[0])
+    value.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    return value.detach()
