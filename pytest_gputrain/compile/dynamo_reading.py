@@ -42,7 +42,8 @@ def function_of(code: CodeType, variables: Any = None, closure: Any = ()) -> str
                     return _name_of(inside)
     name = str(getattr(code, "co_qualname", code.co_name))
     first = (variables or {}).get(code.co_varnames[0]) if code.co_varnames else None
-    if "<locals>" in name and isinstance(first, torch.nn.Module):
+    is_decorators = name.rpartition("<locals>.")[2] == code.co_name
+    if is_decorators and name != code.co_name and isinstance(first, torch.nn.Module):
         return f"{type(first).__name__}, {name}"
     return name
 

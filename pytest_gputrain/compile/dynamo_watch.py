@@ -163,7 +163,7 @@ class Watch:
         )
 
     def _failed(self, attempt: Attempt, error: Exception) -> None:
-        attempt.raised = type(error).__name__ == "FailOnRecompileLimitHit"
+        attempt.raised = type(error).__name__.startswith("FailOn")  # RecompileLimitHit, CacheLimitHit
         self._book.raised(
             error,
             BackendError(
@@ -222,7 +222,8 @@ class Watch:
             exceeded, kind = original(*args, **kwargs)
             if exceeded and self._attempts:
                 limit = int(getattr(torch._dynamo.config, kind))
-                self._attempts[-1].limit = kind, limit
+                # Torch 2.6 calls both cache_size_limit.
+                self._attempts[-1].limit = kind.replace("cache_size", "recompile"), limit
             return exceeded, kind
 
         return watched
