@@ -128,22 +128,28 @@ class Side:
         return losses
 
 
-def eager(case: TrainingCase, ctx: CheckContext, start: Snapshot | None = None) -> Side:
-    """A fresh eager side, from these weights where given."""
+def eager(
+    case: TrainingCase, ctx: CheckContext, start: Snapshot | None = None, *, wraps: bool = False
+) -> Side:
+    """A fresh eager side, from these weights where given; data parallel where ``wraps``."""
     case = own_copy(case)
     model = build_model(case, ctx)
     if start is not None:
         start.restore(model)
-    run = as_if_wrapped(model)
-    return Side(case, model, run, case.optimizer(run), named_parameters(model), without_compiling)
+    run = case.wrap(model) if wraps else as_if_wrapped(model)
+    optimizer = build_optimizer(case, model, run)
+    return Side(case, model, run, optimizer, named_parameters(model), without_compiling)
 
 
-def compiled(case: TrainingCase, ctx: CheckContext, start: Snapshot) -> Side:
-    """The compiled side. Raises CheckFailed for what no loop could call or train."""
+def compiled(case: TrainingCase, ctx: CheckContext, start: Snapshot, *, wraps: bool = False) -> Side:
+    """The compiled side: ``compile`` around ``wrap``, as torch recommends, where ``wraps``.
+
+    Raises CheckFailed for what no loop could call or train.
+    """
     case = own_copy(case)
     model = build_model(case, ctx)
     start.restore(model)
-    run = case.compile(model)
+    run = case.compile(case.wrap(model) if wraps else model)
     if run is None:
         raise CheckFailed(
             "compile() returned None; it has to return what the loop calls\n"

@@ -40,6 +40,7 @@ _HOMES = {
     "compile_parity": "compile_parity",
     "compile_checkpoint_keys": "compile_keys",
     "batch_shapes_constant": "batch_shapes",
+    "compile_speed": "compile_speed",
 }
 
 

@@ -29,6 +29,7 @@ IDS = [
     "compile_parity",
     "compile_checkpoint_keys",
     "batch_shapes_constant",
+    "compile_speed",
 ]
 
 

@@ -21,7 +21,8 @@ class Plant:
 
     fails: check id -> a fragment of the message; may_fail: checks that the same defect may trip as well.
     Healthy programs have neither. timeout: seconds for its launches; hangs are ended by it. finder: what
-    looks for a batch size, where that is what is planted; None is the package's own.
+    looks for a batch size, where that is what is planted; None is the package's own. meter: what measures
+    speed.
     """
 
     case: Callable[[], TrainingCase]
@@ -29,6 +30,7 @@ class Plant:
     may_fail: frozenset[str] = frozenset()
     timeout: float = 60.0
     finder: Any = None
+    meter: Any = None
 
     @property
     def name(self) -> str:
@@ -45,11 +47,12 @@ def broken(
     may_fail: tuple[str, ...] = (),
     timeout: float = 60.0,
     finder: Any = None,
+    meter: Any = None,
 ) -> Callable[[Callable[[], TrainingCase]], Callable[[], TrainingCase]]:
     """Register a broken program under its function's name."""
 
     def register(case: Callable[[], TrainingCase]) -> Callable[[], TrainingCase]:
-        BROKEN.append(Plant(case, fails, frozenset(may_fail), timeout, finder))
+        BROKEN.append(Plant(case, fails, frozenset(may_fail), timeout, finder, meter))
         return case
 
     return register
@@ -57,8 +60,17 @@ def broken(
 
 def healthy(case: Callable[[], TrainingCase]) -> Callable[[], TrainingCase]:
     """Register a healthy program under its function's name."""
-    HEALTHY.append(Plant(case))
-    return case
+    return healthy_by(None)(case)
+
+
+def healthy_by(meter: Any) -> Callable[[Callable[[], TrainingCase]], Callable[[], TrainingCase]]:
+    """The same for a program whose meter is healthy."""
+
+    def register(case: Callable[[], TrainingCase]) -> Callable[[], TrainingCase]:
+        HEALTHY.append(Plant(case, meter=meter))
+        return case
+
+    return register
 
 
 class Block(nn.Module):

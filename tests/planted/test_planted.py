@@ -40,7 +40,9 @@ def params(plants: Iterable[Plant]) -> list[object]:
 
 def run(plant: Plant, checks: Iterable[str]) -> list[CheckResult]:
     launcher = Launcher(defaults=LaunchDefaults(timeout=plant.timeout, stall=STALL))
-    return run_checks(plant.case(), checks=list(checks), launcher=launcher, finder=plant.finder)
+    return run_checks(
+        plant.case(), checks=list(checks), launcher=launcher, finder=plant.finder, meter=plant.meter
+    )
 
 
 def about_memory(plant: Plant) -> bool:
