@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from pytest_gputrain.case import TrainingCase
-from pytest_gputrain.tensor_parallel.golden_blame import blame
-from pytest_gputrain.tensor_parallel.golden_forward import judge
+from pytest_gputrain.tensor_parallel.golden_blame import blame, depart_forward
+from pytest_gputrain.tensor_parallel.golden_forward import departing, judge
 from pytest_gputrain.tensor_parallel.golden_gradients import Gradients, compare_gradients
 from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
+from pytest_gputrain.tensor_parallel.golden_step import compare_step
 from pytest_gputrain.tensor_parallel.records import BackwardRecord, GradientRecord, InputRecord
 
 
@@ -40,7 +41,14 @@ def compare_backward(
     answer = pair.ask_parallel(batch, gradients=True)
     forward = judge(pair, batch, golden, answer)
     records = compare_gradients(pair, wanted)
+    if any(record.problem for record in records) and case.has_own_step and not forward.problem:
+        records = _after_own_step(pair, batch, records)
     layers, layer, cause = blame(pair, batch, records)
+    problem = pair.problem or pair.weights.problem
+    if problem is None and forward.problem:
+        layer, cause = depart_forward(pair, batch)
+        problem = f"{forward.problem}{departing(layer, cause)}"
+    problem = problem or _problem(records, forward, layer, cause)
     return BackwardRecord(
         world_size=pair.world.size,
         forward=forward,
@@ -51,7 +59,7 @@ def compare_backward(
         first_layer=layer,
         first_cause=cause,
         simulated=pair.world.simulated,
-        problem=pair.problem or pair.weights.problem or _problem(records, forward, layer, cause),
+        problem=problem,
         notes=tuple(pair.notes),
     )
 
@@ -63,6 +71,15 @@ def _arrivals(model: torch.nn.Module) -> list[str]:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
     return order
+
+
+def _after_own_step(pair: Pair, batch: Any, records: list[GradientRecord]) -> list[GradientRecord]:
+    """The gradients that the case's own step hands on, where those are right: it may sum what backward left."""
+    record = compare_step(pair, batch, 1.0)
+    if record is None or record.problem:
+        return records
+    pair.notes.append("gradients are right at the optimizer: the case's step makes them so after backward")
+    return list(record.gradients)
 
 
 def _not_compared(pair: Pair, records: list[GradientRecord]) -> list[tuple[str, str]]:
@@ -79,17 +96,12 @@ def _problem(
 ) -> str | None:
     wrong = [record for record in records if record.problem]
     if not wrong:
-        return forward.problem and f"gradients agree, but {forward.problem}"
+        return None
     first = wrong[0]
-    if forward.problem:
-        before = f"{forward.problem}; and of the gradients "
-    else:
-        off = forward.difference.largest if forward.difference else 0.0
-        loss_off = max(abs(loss - forward.golden_loss) for loss in forward.losses)
-        before = f"logits agree ({off:.0e}), loss agrees ({loss_off:.0e}), but "
-        before = (
-            before if forward.output.startswith("logits") else before.replace("logits agree", "outputs agree")
-        )
+    off = forward.difference.largest if forward.difference else 0.0
+    loss_off = max(abs(loss - forward.golden_loss) for loss in forward.losses)
+    what = "logits" if forward.output.startswith("logits") else "outputs"
+    before = f"{what} agree ({off:.0e}), loss agrees ({loss_off:.0e}), but "
     where = layer or first.layer
     more = f" ({len(wrong)} of {len(records)} gradients are wrong)"
     why = f" ({cause})" if cause else ""

@@ -28,12 +28,16 @@ Blame = tuple[list[LayerRecord], str | None, str]
 
 
 class _Watch:
-    """Gradients of every leaf module's first input and output, by name; the first call of each counts."""
+    """Every leaf module's first output, and its gradient and that of its first input, by name.
+
+    The first call of each counts.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.order: list[str] = []
         self.inputs: dict[str, Any] = {}
         self.outputs: dict[str, Any] = {}
+        self.values: dict[str, Any] = {}
         self._handles: list[Any] = []
         for name, module in model.named_modules():
             if name and not any(True for _ in module.children()):
@@ -50,6 +54,8 @@ class _Watch:
         def after(module: Any, args: Any, output: Any) -> None:
             if name not in self.order:
                 self.order.append(name)
+                if isinstance(output, torch.Tensor) and output.is_floating_point():
+                    self.values[name] = output.detach()
                 if _tracked(output):
                     output.register_hook(_keep(self.outputs, name))
 
@@ -107,11 +113,45 @@ def blame(pair: Pair, batch: Any, records: list[GradientRecord]) -> Blame:
     return layers, guilty.name, guilty.cause or wrong.cause
 
 
+def depart_forward(pair: Pair, batch: Any) -> tuple[str | None, str]:
+    """The first leaf module, going forward, whose output is not the reference's, and why; collective."""
+    watches = _watch_both(pair, batch)
+    if watches is None:
+        return None, ""
+    golden, parallel = watches
+    for name in golden.order:
+        off, cause = _compare(pair, golden.values.get(name), parallel.values.get(name), "output")
+        if off is not None and off > 10 * apart.tolerance(
+            apart.GRADIENT_TOLERANCE, golden.values[name].dtype
+        ):
+            again = _bias_again(pair, name, golden.values[name], parallel.values[name])
+            return name, again or cause
+    return None, ""
+
+
+def _bias_again(pair: Pair, name: str, wanted: Any, got: Any) -> str:
+    """Whether what is too much is the layer's bias, once more or several times; collective."""
+    bias = getattr(pair.reference.get_submodule(name), "bias", None)
+    pieces = pair.world.whole(got)
+    times: dict[int, float | None] = dict.fromkeys(pieces)
+    if isinstance(bias, torch.Tensor) and bias.dim() == 1 and wanted.shape[-1] == bias.numel():
+        for rank, piece in pieces.items():
+            extra = (piece - wanted).double()
+            added = bias.detach().double().expand_as(extra)
+            scale = float((extra * added).sum() / (added * added).sum())
+            if apart.difference(scale * added, extra).relative < 1e-2:
+                times[rank] = 1 + scale
+    found = pair.world.merged(times)
+    if any(one is None for one in found):
+        return ""
+    return f"its bias is added {found[0]:.3g} times: on every rank, before the sum over ranks"
+
+
 def _right(relative: float | None, record: GradientRecord) -> bool:
     return relative is not None and relative <= 10 * record.tolerance
 
 
-def _layers(pair: Pair, batch: Any) -> list[LayerRecord]:
+def _watch_both(pair: Pair, batch: Any) -> tuple[_Watch, _Watch] | None:
     try:
         with pair.world.alone():
             golden = _watched(pair.case, pair.reference, batch, pair.seed)
@@ -119,7 +159,15 @@ def _layers(pair: Pair, batch: Any) -> list[LayerRecord]:
             parallel = _watched(pair.case, pair.parallel, batch, pair.seed)
     except Exception as error:  # a module that does not bear to be watched: the answer is less precise
         pair.notes.append(f"layers could not be watched: {type(error).__name__}: {error!s:.80}")
+        return None
+    return golden, parallel
+
+
+def _layers(pair: Pair, batch: Any) -> list[LayerRecord]:
+    watches = _watch_both(pair, batch)
+    if watches is None:
         return []
+    golden, parallel = watches
     known = {name for name in golden.order if name in parallel.order}
     return [_layer(pair, name, golden, parallel) for name in reversed(golden.order) if name in known]
 

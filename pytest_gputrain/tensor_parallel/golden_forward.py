@@ -13,6 +13,7 @@ import torch
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.tensor_parallel import golden_difference as apart
+from pytest_gputrain.tensor_parallel.golden_blame import depart_forward
 from pytest_gputrain.tensor_parallel.golden_gather import assemble
 from pytest_gputrain.tensor_parallel.golden_inputs import SHAPES, inputs, shape_of
 from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError
@@ -33,20 +34,33 @@ def compare_forward(
     pair = Pair(case, mesh, seed=seed)
     asked = _ask_reference(pair, shapes)
     pair.parallelize()
-    records = []
+    records, compared = [], []
     for batch, golden in asked:
         answer = _ask_parallel(pair, batch)
         if answer is not None:
             records.append(judge(pair, batch, golden, answer))
-    wrong = next((record.problem for record in records if record.problem), None)
+            compared.append(batch)
+    layer, cause, problem = None, "", pair.problem or pair.weights.problem
+    wrong = next((index for index, record in enumerate(records) if record.problem), None)
+    if problem is None and wrong is not None:
+        layer, cause = depart_forward(pair, compared[wrong])
+        problem = f"{records[wrong].problem}{departing(layer, cause)}"
     return ForwardRecord(
         world_size=pair.world.size,
         inputs=tuple(records),
         weights=tuple(pair.weights.records),
         simulated=pair.world.simulated,
-        problem=pair.problem or pair.weights.problem or wrong,
+        problem=problem,
+        first_layer=layer,
+        first_cause=cause,
         notes=tuple(pair.notes),
     )
+
+
+def departing(layer: str | None, cause: str) -> str:
+    """The line of a message that names the first wrong layer, with its line break; "" where none is known."""
+    why = f" ({cause})" if cause else ""
+    return f"\n  first layer to depart, going forward: {layer}{why}" if layer else ""
 
 
 def _ask_reference(pair: Pair, shapes: Sequence[tuple[int, int]]) -> list[tuple[Any, Answer]]:

@@ -84,13 +84,18 @@ class InputRecord:
 
 @dataclass(frozen=True)
 class ForwardRecord:
-    """Outputs and losses against the reference's, over several inputs."""
+    """Outputs and losses against the reference's, over several inputs.
+
+    first_layer: where outputs depart first, going forward, and ``first_cause`` why, where that is known.
+    """
 
     world_size: int
     inputs: tuple[InputRecord, ...]
     weights: tuple[WeightRecord, ...]
     simulated: bool = False
     problem: str | None = None
+    first_layer: str | None = None
+    first_cause: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -286,3 +291,21 @@ class Accounting:
     def largest_replicated(self) -> Share | None:
         held = [one for one in self.parameters if one.kind == "replicated"]
         return max(held, key=lambda one: one.total) if held else None
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """Saved, resharded and loaded by ``torch.distributed.checkpoint``, both ways.
+
+    to_one: tensors compared after loading the ranks' checkpoint into a plain model; to_ranks: after loading a
+    plain model's checkpoint into the ranks'. saved_bytes: of the ranks' checkpoint. skipped: why it was not
+    done.
+    """
+
+    world_size: int
+    to_one: int = 0
+    to_ranks: int = 0
+    saved_bytes: int = 0
+    skipped: str = ""
+    problem: str | None = None
+    notes: tuple[str, ...] = ()

@@ -49,6 +49,10 @@ def test_a_bias_added_on_every_rank_is_seen_although_it_starts_at_zero() -> None
     record = on_two_ranks("compare_forward", partial(models.by_hand, down={"bias_everywhere": True}))
     assert record.problem.startswith("logits for an input of (1, 5) are off by ")
     assert ". Largest absolute diff at (0, 0, " in record.problem
+    assert record.problem.splitlines()[1] == (
+        "  first layer to depart, going forward: blocks.0.mlp.down "
+        "(its bias is added 2 times: on every rank, before the sum over ranks)"
+    )
 
 
 def test_the_same_shard_on_every_rank_is_told_as_that() -> None:
