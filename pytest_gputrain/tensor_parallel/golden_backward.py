@@ -74,7 +74,7 @@ def _arrivals(model: torch.nn.Module) -> list[str]:
 
 
 def _after_own_step(pair: Pair, batch: Any, records: list[GradientRecord]) -> list[GradientRecord]:
-    """The gradients that the case's own step hands on, where those are right: it may sum what backward left."""
+    """The gradients that the case's own step hands on, where those are right: it may sum what is partial."""
     record = compare_step(pair, batch, 1.0)
     if record is None or record.problem:
         return records

@@ -17,5 +17,6 @@ def test_parts_cut_by_hand_cannot_be_resharded_and_are_told() -> None:
     record = on_two_ranks("compare_checkpoint", models.by_hand)
     assert record.skipped == (
         "the case's state_dict gives plain parts, such as (8, 16) of (16, 16) for "
-        "blocks.0.attention.q.weight, which no checkpoint can join: give DTensors, or a state_dict that joins them"
+        "blocks.0.attention.q.weight, which no checkpoint can join: give DTensors, or a state_dict "
+        "that joins them"
     )
