@@ -9,6 +9,7 @@ no torch.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -27,27 +28,28 @@ if TYPE_CHECKING:
 TEXT = Path(__file__).with_name("text.txt")
 CONFIG = GPTConfig(depth=2, width=64, sequence_length=96)
 BATCH_SIZE = 4
-_FEWEST = 40  # bytes of a document: below, there is no room for a question and an answer
+_ENDS = re.compile(r"\n|(?<=[.:;,|]) ")
+_FEWEST = 32  # bytes of a document: below, there is no room for a question and an answer
 _LEAST_PROMPT = 12
 _SEED = 1234
 
 
 @functools.cache
 def documents() -> tuple[Document, ...]:
-    """The lines of the text, each a document: its first words ask, the rest answers."""
+    """The clauses of the text, each a document: its first words ask, the rest answers."""
     import torch
 
     from pytest_gputrain.reference.sft_data import Document
 
-    lines = [line.strip().encode() for line in TEXT.read_text(encoding="utf-8").splitlines()]
+    parts = [part.strip().encode() for part in _ENDS.split(TEXT.read_text(encoding="utf-8"))]
     return tuple(
-        Document(torch.tensor(list(line)), max(_LEAST_PROMPT, line.find(b" ", _LEAST_PROMPT, _FEWEST) + 1))
-        for line in lines
-        if len(line) >= _FEWEST
+        Document(torch.tensor(list(part)), max(_LEAST_PROMPT, part.find(b" ", _LEAST_PROMPT, _FEWEST) + 1))
+        for part in parts
+        if len(part) >= _FEWEST
     )
 
 
-def batches(max_seq_len: int | None) -> Iterator[dict[str, Tensor]]:
+def batches(max_seq_len: int, pads_to_longest: bool) -> Iterator[dict[str, Tensor]]:
     """One epoch of this rank's part, shuffled alike on all ranks; no short batch is made of what is left."""
     import torch
     import torch.distributed as dist
@@ -60,7 +62,8 @@ def batches(max_seq_len: int | None) -> Iterator[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(_SEED)
     order = torch.randperm(len(found), generator=generator).tolist()[rank::world_size]
     for start in range(0, len(order) - BATCH_SIZE + 1, BATCH_SIZE):
-        yield collate([found[index] for index in order[start : start + BATCH_SIZE]], max_seq_len)
+        drawn = [found[index] for index in order[start : start + BATCH_SIZE]]
+        yield collate(drawn, max_seq_len, pads_to_longest=pads_to_longest)
 
 
 def draw(max_seq_len: int, batch_size: int, device: torch.device | str) -> dict[str, Tensor]:
@@ -98,7 +101,7 @@ def sft_case(*, pads_to_longest: bool = False, **config: Any) -> TrainingCase:
         name="sft-longest" if pads_to_longest else "sft",
         model=partial(build, chosen),
         batch=partial(draw, length),
-        batches=partial(batches, None if pads_to_longest else length),
+        batches=partial(batches, length, pads_to_longest),
         loss=loss,
         loss_reduction="token_mean",
         num_targets=num_targets,

@@ -25,13 +25,15 @@ class Document:
     num_prompt: int
 
 
-def collate(documents: Sequence[Document], max_seq_len: int | None) -> Batch:
+def collate(documents: Sequence[Document], max_seq_len: int, *, pads_to_longest: bool = False) -> Batch:
     """``inputs`` and ``targets``, each (documents, max_seq_len) int64: padded to it, and cut where longer.
 
     The columns are those of the inputs: a document fills them with max_seq_len + 1 tokens, because a target
-    is the token after. None pads to the longest of these documents, which is another shape each time.
+    is the token after. pads_to_longest: only as far as the longest of these documents, as many collate
+    functions do, which is another shape each time.
     """
-    length = max_seq_len or max(len(document.tokens) for document in documents) - 1
+    longest = max(len(document.tokens) for document in documents) - 1
+    length = min(longest, max_seq_len) if pads_to_longest else max_seq_len
     rows = [_padded(document, length) for document in documents]
     inputs, targets = (torch.stack(columns) for columns in zip(*rows, strict=True))
     return {"inputs": inputs, "targets": targets}

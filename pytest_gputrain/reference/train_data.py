@@ -48,7 +48,7 @@ class Samples:
     def batch(self, step: int, first: int, count: int, device: torch.device | str) -> Batch:
         """``inputs`` and ``targets``, (count, sequence_length) int64: samples ``first`` and on of a step."""
         drawn = [self._document(step, index) for index in range(first, first + count)]
-        batch = collate(drawn, None if self.pads_to_longest else self.sequence_length)
+        batch = collate(drawn, self.sequence_length, pads_to_longest=self.pads_to_longest)
         return {name: rows.to(device) for name, rows in batch.items()}
 
     def longest(self, batch_size: int, device: torch.device | str) -> Batch:

@@ -28,8 +28,10 @@ def test_a_document_of_one_token_more_fills_the_columns_of_the_inputs() -> None:
     assert sft_data.num_targets(batch) == 7
 
 
-def test_without_a_length_the_longest_decides() -> None:
-    assert sft_data.collate([document(5, 2), document(3, 1)], None)["inputs"].shape == (2, 4)
+def test_the_longest_may_decide_below_the_length() -> None:
+    documents = [document(5, 2), document(3, 1)]
+    shapes = [sft_data.collate(documents, length, pads_to_longest=True)["inputs"].shape for length in (9, 3)]
+    assert shapes == [(2, 4), (2, 3)]
 
 
 def test_rows_that_fill_a_batch_up_change_no_loss() -> None:
