@@ -21,6 +21,7 @@ TORCH_AT_THE_TOP = (
     "batch/probe",
     "compile/dynamo_",
     "tensor_parallel/golden",
+    "tensor_parallel/conv1d",
     "tensor_parallel/data_parallel",
     "tensor_parallel/finish",
     "tensor_parallel/local",

@@ -140,7 +140,7 @@ class _Share:
 
 def _shares(modules: Mapping[str, nn.Module], plan: Mapping[str, Any]) -> Iterator[_Share]:
     for block in roles.blocks(modules):
-        found = sharded_heads(block, modules, plan) if block.kind == "attention" else None
+        found = sharded_heads(block, modules, plan) if block.kind != "mlp" else None
         if found is not None:
             norms = heads.own_norms(block.owner, modules, (*block.columns, block.row), found.width) or []
             yield _Share(modules[block.owner], found, tuple(modules[name] for name in norms))

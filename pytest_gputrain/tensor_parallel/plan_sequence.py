@@ -13,40 +13,57 @@ if TYPE_CHECKING:
 
 
 def over_sequence(plan: dict[str, ParallelStyle], modules: dict[str, Any]) -> dict[str, ParallelStyle]:
-    """The plan with sequences divided between the blocks that it shards.
+    """The plan with sequences divided from the first layer to the last, between the blocks that it shards.
 
-    Raises ValueError for a model without numbered layers or without a head, where the sequence would begin
-    to be divided and where it would be gathered.
+    Raises ValueError for a model in which it cannot be told where that begins and ends, or that has an
+    attention which would see a part of the sequence only.
     """
     from pytest_gputrain.tensor_parallel import sequence as styles
+    from pytest_gputrain.tensor_parallel.conv1d import Conv1DRowwise
     from pytest_gputrain.tensor_parallel.styles import Replicated
 
     shared = styles.Sequence()
-    layers = roles.layers(modules)
-    _, head = roles.vocabulary(modules)
-    if not layers or head is None:
-        lacking = "numbered layers" if not layers else "a head from the embedding's width to its rows"
-        raise ValueError(f"sequence_parallel=True needs a model with {lacking}; use it without")
-    made: dict[str, ParallelStyle] = {"": styles.SequenceModel(shared)}
-    made[layers[0]] = styles.SequenceDivide(shared)
+    layers = _one_stack(roles.layers(modules))
+    _attention_everywhere(plan, modules, layers)
+    made: dict[str, ParallelStyle] = {}
+    for name in (layers[0], layers[-1]):
+        made[name] = styles.SequenceLayer(shared, first=name == layers[0], last=name == layers[-1])
     made.update(plan)
-    owners = [block.owner for block in roles.blocks(modules) if block.kind == "attention"]
+    owners = [block.owner for block in roles.blocks(modules) if block.kind != "mlp"]
     for block in roles.blocks(modules):
         if block.row not in plan:
             continue
-        made[block.row] = styles.SequenceRowwise(shared)
+        is_conv1d = roles.is_conv1d(modules[block.row])
+        made[block.row] = Conv1DRowwise(shared) if is_conv1d else styles.SequenceRowwise(shared)
         # An MLP in the layer itself (OPT) has no module of its own whose input could be gathered.
         if any(owner.startswith(f"{block.owner}.") for owner in owners):
             made.update({name: styles.SequenceColwise(shared) for name in block.columns})
         else:
             made[block.owner] = styles.SequenceGather(shared)
-    given: Any = plan[head]
-    made[head] = styles.SequenceColwise(
-        shared, last=True, output_layouts=given.output_layouts[0], use_local_output=given.use_local_output
-    )
     for name, module in modules.items():
-        if name in made or not any(parameter is not None for parameter in module._parameters.values()):
-            continue
         inside = any(name.startswith(f"{layer}.") for layer in layers)
-        made[name] = Replicated(summed=True) if inside else styles.SequenceReplicated(shared)
+        if inside and name not in made and any(value is not None for value in module._parameters.values()):
+            made[name] = Replicated(summed=True)
     return made
+
+
+def _one_stack(layers: list[str]) -> list[str]:
+    stacks = sorted({name.rpartition(".")[0] for name in layers})
+    if len(stacks) != 1:
+        raise ValueError(
+            f"sequence_parallel=True needs one stack of numbered layers, and the model has "
+            f"{', '.join(stacks) or 'none'}; use it without"
+        )
+    return layers
+
+
+def _attention_everywhere(plan: dict[str, Any], modules: dict[str, Any], layers: list[str]) -> None:
+    """Raises ValueError for a layer whose attention would see a part of the sequence only."""
+    found = [block.owner for block in roles.blocks(modules) if block.kind != "mlp" and block.row in plan]
+    for layer in layers:
+        if not any(owner.startswith(f"{layer}.") for owner in found):
+            raise ValueError(
+                f"sequence_parallel=True needs an attention of a known family in every layer, and {layer} "
+                f"has "
+                "none whose heads could be divided; use it without"
+            )

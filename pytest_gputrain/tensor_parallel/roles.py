@@ -1,6 +1,6 @@
 """What a module is for, told from its name and its siblings': attention projections, MLPs, vocabulary.
 
-Pure: walks a mapping from module names to modules and imports no torch. Not covered: attention and MLP spread
+Pure: walks a mapping from module names to modules and imports no torch. Not told: attention and MLP spread
 over several parents (BERT), experts in one three-dimensional parameter; those stay as they are, on every
 rank.
 """
@@ -20,6 +20,9 @@ ATTENTION = (
     (("q_lin", "k_lin", "v_lin"), ("out_lin",)),
     (("query", "key", "value"), ("proj", "out", "out_proj", "dense")),
 )
+# Queries, keys and values side by side in one projection. Only where the module's own attributes say where
+# to cut.
+FUSED = ((("c_attn",), ("c_proj",)),)
 # What widens, then what narrows again.
 MLP = (
     (("gate_proj", "up_proj"), ("down_proj",)),
@@ -39,7 +42,7 @@ class Block:
     """One attention or MLP: the names below the model of the module that has it and of its parts."""
 
     owner: str
-    kind: str  # "attention", "mlp"
+    kind: str  # "attention", "fused" (an attention of one projection), "mlp"
     columns: tuple[str, ...]
     row: str
 
@@ -55,7 +58,7 @@ def blocks(modules: Mapping[str, Any]) -> Iterator[Block]:
         children.setdefault(owner, set()).add(child)
     for owner in modules:
         found = children.get(owner, set())
-        for kind, families in (("attention", ATTENTION), ("mlp", MLP)):
+        for kind, families in (("attention", ATTENTION), ("fused", FUSED), ("mlp", MLP)):
             if (names := _match(found, families)) is not None:
                 columns, row = names
                 within = f"{owner}." if owner else ""
@@ -110,3 +113,16 @@ def layers(modules: Mapping[str, Any]) -> list[str]:
         if numbered:
             found[".".join(parts[: numbered[0] + 1])] = None
     return list(found)
+
+
+def widths(module: Any) -> tuple[int, int]:
+    """Input and output channels of a Linear or a Conv1D."""
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    inputs, outputs = module.weight.shape
+    return inputs, outputs
+
+
+def is_conv1d(module: Any) -> bool:
+    """GPT-2's transposed linear layer, told by its class's name: transformers may not be there."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -1,8 +1,9 @@
 """Sequence parallel: between attention and MLP each rank has its part of the sequence, not all of it.
 
-The first layer's input is divided, attention and MLP gather theirs and give back a part of the sum, the head
-gathers the last. What lies between (norms, dropout, residuals) works on a part, so that the gradients of its
-parameters are summed over the ranks. Lengths that the ranks do not divide give parts as ``torch.chunk`` does.
+The first layer's input is divided and the last layer's output gathered; attention and MLP gather their input
+and give back a part of the sum. What lies between (norms, dropout, residuals) works on a part, so that the
+gradients of its parameters are summed over the ranks. Lengths that the ranks do not divide give parts as
+``torch.chunk`` does. Hidden states that a model hands out from between its layers are parts.
 """
 
 from __future__ import annotations
@@ -16,20 +17,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
-from pytest_gputrain.tensor_parallel import local
-from pytest_gputrain.tensor_parallel.styles import Replicated
-
 LENGTH = 1  # the dimension of the sequence in (batch, length, channels)
 _INPUTS = ("hidden_states", "x", "input", "inputs")
 
 
 @dataclass
 class Sequence:
-    """What the styles of one model know together: the whole batch's shape, and whether it is divided now."""
+    """The whole batch's shape, which the styles of one model know together."""
 
     batch: int = 0
     length: int = 0
-    divided: bool = False
 
     def whole(self, x: Tensor, mesh: DeviceMesh) -> DTensor:
         """The sequence of which ``x`` is this rank's part, (batch, part, channels) or (batch * part,
@@ -54,38 +51,30 @@ def _with_first(args: Any, kwargs: Any, change: Any) -> Any:
     raise ValueError(f"a layer was called without its input; known are a first argument and {known}")
 
 
-class SequenceModel(ParallelStyle):
-    """The model: at the beginning of a forward nothing is divided."""
+class SequenceLayer(ParallelStyle):
+    """The first layer divides its input, the last one gathers its output, or the first one of its outputs."""
 
-    def __init__(self, sequence: Sequence) -> None:
-        self.sequence = sequence
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        def begin(_: nn.Module, inputs: Any) -> None:
-            self.sequence.divided = False
-
-        module.register_forward_pre_hook(begin)
-        return module
-
-
-class SequenceDivide(ParallelStyle):
-    """The first layer: its input is divided, and from there on each rank works on its part."""
-
-    def __init__(self, sequence: Sequence) -> None:
-        self.sequence = sequence
+    def __init__(self, sequence: Sequence, *, first: bool, last: bool) -> None:
+        self.sequence, self.first, self.last = sequence, first, last
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def divide(x: Tensor) -> Tensor:
             self.sequence.batch, self.sequence.length = x.size(0), x.size(LENGTH)
-            self.sequence.divided = True
             whole = DTensor.from_local(x, device_mesh, [Replicate()], run_check=False)
             part: Tensor = whole.redistribute(placements=[Shard(LENGTH)]).to_local()
             return part
 
-        def enter(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return _with_first(args, kwargs, divide)
+        def gather(_: nn.Module, inputs: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (self.sequence.whole(output[0], device_mesh).to_local(), *output[1:])
+            return self.sequence.whole(output, device_mesh).to_local()
 
-        module.register_forward_pre_hook(enter, with_kwargs=True)
+        if self.first:
+            module.register_forward_pre_hook(
+                lambda _, args, kwargs: _with_first(args, kwargs, divide), with_kwargs=True
+            )
+        if self.last:
+            module.register_forward_hook(gather)
         return module
 
 
@@ -104,11 +93,11 @@ class SequenceGather(ParallelStyle):
 
 
 class SequenceColwise(ColwiseParallel):
-    """A column layer that gathers its own input; ``last``: the head, after which nothing is divided."""
+    """A column layer that gathers its own input."""
 
-    def __init__(self, sequence: Sequence, *, last: bool = False, **layouts: Any) -> None:
-        super().__init__(**layouts)
-        self.sequence, self.last = sequence, last
+    def __init__(self, sequence: Sequence) -> None:
+        super().__init__()
+        self.sequence = sequence
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         flat: list[bool] = []
@@ -116,8 +105,6 @@ class SequenceColwise(ColwiseParallel):
         def gather(_: nn.Module, inputs: Any) -> Any:
             x = inputs[0]
             flat[:] = [x.dim() == LENGTH + 1]
-            if self.last:
-                self.sequence.divided = False
             return (self.sequence.whole(x, device_mesh), *inputs[1:])
 
         def flatten(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -153,17 +140,3 @@ class SequenceRowwise(RowwiseParallel):
         super()._apply(module, device_mesh)
         module.register_forward_hook(flatten)
         return module
-
-
-class SequenceReplicated(Replicated):
-    """Whole parameters outside of layers, used on parts of the sequence where it is divided by then.
-
-    Inside of layers it always is, and nothing may be asked: a recomputed layer runs without its hooks.
-    """
-
-    def __init__(self, sequence: Sequence) -> None:
-        super().__init__()
-        self.sequence = sequence
-
-    def localize(self, parameter: DTensor) -> Tensor:
-        return local.summed(parameter) if self.sequence.divided else local.as_is(parameter)

@@ -40,7 +40,7 @@ def validate_plan(model: nn.Module, plan: Mapping[str, Any], world_size: int) ->
     for name, style in resolved.items():
         _style_fits(name, modules[name], style)
     for block in roles.blocks(modules):
-        if block.kind == "attention":
+        if block.kind != "mlp":
             _heads_divide(block, modules, resolved, world_size)
     for name, style in resolved.items():
         _width_divides(name, modules[name], style, world_size)
@@ -88,18 +88,25 @@ def _style_fits(name: str, module: Any, style: Any) -> None:
     from torch import nn
     from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel
 
+    from pytest_gputrain.tensor_parallel.conv1d import Conv1DColwise, Conv1DRowwise
+
     if not isinstance(style, ParallelStyle):
         raise ValueError(
             f"the plan gives {name!r} {style!r} ({type(style).__name__}); legal is a ParallelStyle of "
             f"torch, as "
             "ColwiseParallel()"
         )
-    needs_matrix = isinstance(style, ColwiseParallel | RowwiseParallel)
-    if needs_matrix and not isinstance(module, nn.Linear | nn.Embedding):
+    if isinstance(style, ColwiseParallel | RowwiseParallel):
+        fits, legal = isinstance(module, nn.Linear | nn.Embedding), "Linear and Embedding"
+    elif isinstance(style, Conv1DColwise | Conv1DRowwise):
+        fits, legal = roles.is_conv1d(module), "Conv1D of transformers"
+    else:
+        return
+    if not fits:
         raise ValueError(
             f"the plan gives {name!r}, a {type(module).__name__}, the style {type(style).__name__}; that "
             f"style "
-            "fits Linear and Embedding"
+            f"fits {legal}"
         )
 
 
@@ -114,7 +121,7 @@ def _heads_divide(
             f"{block.owner} has {found.query} heads, not divisible by "
             f"{_arithmetic(found.query, world_size)}; {_legal(found.query)}"
         )
-    replicates = hasattr(plan[block.columns[1]], "is_divided")
+    replicates = hasattr(plan.get(block.columns[-1]), "is_divided")
     if found.key_value % world_size == 0 or (replicates and world_size % found.key_value == 0):
         return
     raise ValueError(
@@ -134,25 +141,36 @@ def sharded_heads(
     """The heads of an attention whose module sees local queries under this plan, and so has to be divided."""
     from torch.distributed.tensor.parallel import ColwiseParallel
 
-    query, key, _ = block.columns
-    style = plan.get(query)
+    from pytest_gputrain.tensor_parallel.conv1d import Conv1DColwise
+
+    style = plan.get(block.columns[0])
+    if isinstance(style, Conv1DColwise):
+        width = roles.widths(modules[block.columns[0]])[1] // style.parts
+        return heads.count(modules[block.owner], width, width)
     # Queries that stay a DTensor, or are gathered, have the whole number of heads.
-    if not isinstance(style, ColwiseParallel) or not style.use_local_output:
+    if not isinstance(style, ColwiseParallel) or not style.use_local_output or block.kind == "fused":
         return None
     if not style.output_layouts[0].is_shard():
         return None
-    return heads.count(modules[block.owner], modules[query].out_features, modules[key].out_features)
+    query, key, _ = (modules[name].out_features for name in block.columns)
+    return heads.count(modules[block.owner], query, key)
 
 
 def _width_divides(name: str, module: Any, style: Any, world_size: int) -> None:
     from torch import nn
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
+    from pytest_gputrain.tensor_parallel.conv1d import Conv1DColwise, Conv1DRowwise
+
     if isinstance(module, nn.Embedding):
         if isinstance(style, RowwiseParallel):
             _no_empty_shard(name, "rows", module.num_embeddings, world_size)
         elif isinstance(style, ColwiseParallel):
             _divides(name, "embedding channels", module.embedding_dim, world_size)
+    elif isinstance(style, Conv1DColwise):
+        _divides(name, "output features", roles.widths(module)[1] // style.parts, world_size)
+    elif isinstance(style, Conv1DRowwise):
+        _divides(name, "input features", roles.widths(module)[0], world_size)
     elif hasattr(style, "is_divided"):
         return
     elif isinstance(style, RowwiseParallel):

@@ -14,7 +14,7 @@ from tests.tensor_parallel import families
 # What float64 sums in another order may differ by.
 EXACT = 1e-10
 # The RMSNorm of these families computes in float32, whatever the model's precision.
-FLOAT32_INSIDE = ("llama", "mistral", "qwen")
+FLOAT32_INSIDE = ("llama", "mistral", "qwen", "phi3", "olmo2")
 ROUNDED = 1e-6
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -32,8 +32,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mistral": families.mistral,
     "qwen2": families.qwen2,
     "qwen3": families.qwen3,
+    "gpt2": families.gpt2,
+    "nanogpt": families.NanoGPT,
+    "phi3": families.phi3,
+    "olmo2": families.olmo2,
+    "neox": families.neox,
 }
-SOME = ("opt with an odd vocabulary", "opt with another embedding width", "gpt", "qwen3")
+# Variants of a family that another model here has shown.
+VARIANTS = ("opt untied", "llama", "llama, eager attention", "mistral", "qwen2", "olmo2", "neox")
+SOME = ("opt with an odd vocabulary", "opt with another embedding width", "gpt", "qwen3", "gpt2")
 SEQUENCE = {"sequence_parallel": True}
 LOSS = {"loss_parallel": True}
 # Lengths that the ranks divide, that they do not, and that leave the last rank nothing.
@@ -42,9 +49,13 @@ SHAPES = {"even": (2, 8), "odd": (3, 7), "short": (1, 5)}
 # What is tried: models, how they are made parallel, and the shape of the tokens.
 Trial = tuple[tuple[str, ...], dict[str, bool], str]
 TRIALS: dict[int, list[Trial]] = {
-    2: [(tuple(MODELS), {}, "even"), (SOME, SEQUENCE, "odd"), (SOME, LOSS, "odd")],
+    2: [
+        (tuple(name for name in MODELS if name not in VARIANTS), {}, "even"),
+        (SOME, SEQUENCE, "odd"),
+        (SOME, LOSS, "odd"),
+    ],
     4: [
-        (("opt with an odd vocabulary", "llama", "llama, one key-value head", "qwen3"), {}, "even"),
+        (("opt with an odd vocabulary", "llama", "llama, one key-value head", "qwen3", "gpt2"), {}, "even"),
         (("opt with an odd vocabulary", "llama, one key-value head"), SEQUENCE, "short"),
         (("opt with an odd vocabulary",), SEQUENCE | LOSS, "odd"),
     ],
@@ -69,7 +80,15 @@ def tolerance(name: str) -> float:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_family_is_as_one_process(world_size: int) -> None:
-    trials = TRIALS[world_size]
+    judge(TRIALS[world_size], world_size)
+
+
+@pytest.mark.slow
+def test_variants_of_a_family_are_as_one_process() -> None:
+    judge([(VARIANTS, {}, "even"), (("mistral", "qwen2"), SEQUENCE, "odd")], 2)
+
+
+def judge(trials: list[Trial], world_size: int) -> None:
     for of_a_rank in launch(all_errors, trials, world_size=world_size).values:
         assert len(of_a_rank) == sum(len(names) for names, _, _ in trials)
         wrong = {

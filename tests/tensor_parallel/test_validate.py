@@ -117,9 +117,32 @@ def test_divided_keys_of_a_users_plan() -> None:
     )
 
 
-def test_a_model_of_no_known_family() -> None:
-    with pytest.raises(ValueError, match="no module of Sequential has the names of a known attention or MLP"):
+def test_a_model_with_nothing_to_shard() -> None:
+    with pytest.raises(
+        ValueError, match="Sequential has no numbered layers with linear modules, nor an attention"
+    ):
         tp_plan_for(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_sequence_parallel_needs_divided_attention_in_every_layer() -> None:
+    with pytest.raises(ValueError, match=r".") as refused:
+        tp_plan_for(on_meta(families.NanoGPT), sequence_parallel=True)
+    assert str(refused.value) == (
+        "sequence_parallel=True needs an attention of a known family in every layer, and h.0 has none "
+        "whose heads "
+        "could be divided; use it without"
+    )
+    with pytest.raises(ValueError, match=r".") as refused:
+        tp_plan_for(nn.Sequential(nn.Linear(4, 4)), sequence_parallel=True)
+    assert str(refused.value) == (
+        "sequence_parallel=True needs one stack of numbered layers, and the model has none; use it without"
+    )
+
+
+def test_loss_parallel_needs_a_head() -> None:
+    model = nn.ModuleList([nn.Linear(32, 32)])
+    with pytest.raises(ValueError, match="loss_parallel=True needs a head"):
+        tp_plan_for(model, loss_parallel=True)
 
 
 @pytest.mark.parametrize(
