@@ -48,6 +48,12 @@ class Book:
         with self._lock:
             self._runs[self.moment] = self._runs.get(self.moment, 0) + 1
 
+    @property
+    def graph_runs(self) -> int:
+        """How many times a compiled graph ran. Asked for in every step, by some."""
+        with self._lock:
+            return sum(self._runs.values())
+
     def compiled_for(self, seconds: float, moment: Moment) -> None:
         """So many seconds were spent compiling."""
         with self._lock:

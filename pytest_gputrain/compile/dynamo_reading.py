@@ -173,11 +173,15 @@ def backend_name(backend: Any) -> str:
     return str(getattr(getattr(backend, "func", None), "__name__", type(backend).__name__))
 
 
+def operations(graph: Any) -> int:
+    """How many operations a captured graph has."""
+    return sum(node.op in ("call_function", "call_method", "call_module") for node in graph.nodes)
+
+
 def facts_of(graph: Any, backend: Any) -> dict[str, Any]:
     """The figures of a captured graph that ``records.Graph`` has."""
-    operations = sum(node.op in ("call_function", "call_method", "call_module") for node in graph.nodes)
     return {
-        "ops": operations,
+        "ops": operations(graph),
         "backend": backend_name(backend),
         "dynamic_dims": dynamic_inputs(graph),
     }

@@ -15,7 +15,11 @@ from typing import Any
 import torch
 
 from pytest_gputrain.compile.book import Book
-from pytest_gputrain.compile.dynamo_watch import Watch, cudagraph_skips, quietly
+from pytest_gputrain.compile.dynamo_attempt import GoingOn
+from pytest_gputrain.compile.dynamo_events import Events
+from pytest_gputrain.compile.dynamo_functions import Functions
+from pytest_gputrain.compile.dynamo_graphs import Graphs
+from pytest_gputrain.compile.dynamo_state import quietly
 
 
 class MonitorUnavailable(RuntimeError):
@@ -29,36 +33,36 @@ def watched(book: Book) -> Iterator[None]:
     import torch._dynamo.decorators as decorators
     from torch._dynamo.output_graph import OutputGraph
 
-    watch = Watch(book)
     book.torch = torch.__version__
+    going_on = GoingOn(book)
+    functions, graphs, events = Functions(going_on), Graphs(going_on), Events(going_on)
+    limits = ("exceeds_recompile_limit", "exceeds_cache_size_limit")  # of torch 2.6
+    inductor = torch._TorchCompileInductorWrapper
     with contextlib.ExitStack() as stack:
-
-        def listen(owner: Any, names: tuple[str, ...], wrap: Callable[..., Any], lost: str | None) -> None:
-            name = next((name for name in names if hasattr(owner, name)), None)
-            if name is not None:
+        for owner, names, wrap, lost in (
+            (convert_frame, ("_compile",), functions.compiling, None),
+            (OutputGraph, ("call_user_compiler",), graphs.compiling, None),
+            (convert_frame, ("format_error_msg",), functions.given_up, "which errors torch swallows"),
+            (convert_frame, limits, functions.judging_limit, "whether the recompile limit is hit"),
+            (torch._logging, ("trace_structured",), events.tracing, "recompiles and graph breaks"),
+            (decorators, ("_set_stance",), events.taking_stance, "which stance is set"),
+            # Imports inductor, with warnings, when torch.compile is called for it.
+            (inductor, ("get_compiler_config",), quietly, ""),
+        ):
+            if name := next((name for name in names if hasattr(owner, name)), None):
                 stack.enter_context(_replaced(owner, name, wrap))
-            elif lost is None:
-                raise MonitorUnavailable(
-                    f"torch {torch.__version__} lacks {owner.__name__}.{names[0]}, which compile_monitor "
-                    "stands on; written for torch 2.6 to 2.13"
-                )
-            else:
-                book.note(f"torch {torch.__version__} lacks {names[0]}: {lost} cannot be told")
-
-        listen(convert_frame, ("_compile",), watch.compiling, None)
-        listen(OutputGraph, ("call_user_compiler",), watch.compiling_graph, None)
-        listen(convert_frame, ("format_error_msg",), watch.given_up, "which errors torch swallows")
-        names = ("exceeds_recompile_limit", "exceeds_cache_size_limit")
-        listen(convert_frame, names, watch.judging_limit, "whether the recompile limit is hit")
-        listen(torch._logging, ("trace_structured",), watch.tracing, "recompiles and graph breaks")
-        listen(decorators, ("_set_stance",), watch.taking_stance, "which stance is set")
-        # Imports inductor when torch.compile is called for it.
-        listen(torch._TorchCompileInductorWrapper, ("get_compiler_config",), quietly, "inductor's import")
-        watch.note_disabled()
-        skips = cudagraph_skips()
+            elif lost != "":
+                book.note(_missing(owner, names[0], lost))
+        stack.enter_context(events.switches())
         yield
-        watch.note_disabled()
-        watch.note_skipped_cudagraphs(skips)
+
+
+def _missing(owner: Any, name: str, lost: str | None) -> str:
+    """What a report does not tell for want of a function. Raises MonitorUnavailable for one it stands on."""
+    lacks = f"torch {torch.__version__} lacks {owner.__name__}.{name}"
+    if lost is None:
+        raise MonitorUnavailable(f"{lacks}, which compile_monitor stands on; written for torch 2.6 to 2.13")
+    return f"{lacks}: {lost} cannot be told"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _CONFIGS = ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config")
@@ -145,3 +145,13 @@ def warnings_are_no_errors() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("default", module=r"torch\.")
         yield
+
+
+def quietly(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch's own warnings are no errors in this function either."""
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with warnings_are_no_errors():
+            return original(*args, **kwargs)
+
+    return watched

@@ -97,7 +97,7 @@ class CompileMonitor:
     @property
     def graph_runs(self) -> int:
         """How many times a compiled graph ran (its forward; a backward is counted with it)."""
-        return self.report().graph_runs
+        return self._book.graph_runs
 
     @property
     def graph_runs_by_step(self) -> dict[int | None, int]:

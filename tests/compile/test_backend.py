@@ -119,3 +119,11 @@ def test_no_triton_for_inductor_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert validate_backend("inductor", "cuda:1") == (
         "inductor generates Triton code for a GPU, and triton is not installed; pip install triton"
     )
+
+
+def test_a_backend_that_gives_the_graph_back_is_noted() -> None:
+    with compile_monitor() as monitor:
+        torch.compile(Model(), backend=own)(torch.ones(3, 4))
+    assert monitor.report().notes == (
+        "the backend own returned a graph as it was captured: its operations run one by one, as eager",
+    )
