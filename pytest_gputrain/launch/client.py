@@ -20,7 +20,7 @@ from typing import IO
 
 import psutil
 
-from . import process, wire
+from . import libraries, process, wire
 from .errors import ServerLost
 
 START_DEADLINE = 120.0
@@ -76,6 +76,8 @@ class ServerHandle:
         root = str(Path(__file__).resolve().parents[2])
         # pytest too, if it is here: rewritten assertions need it, and importing it costs a rank 0.15 s.
         preload = [*_PRELOAD, *(["pytest"] if "pytest" in sys.modules else [])]
+        # Models of a library that this process has imported are most likely what its ranks train.
+        preload += libraries.with_models()
         code = _BOOTSTRAP.format(root=root, fd=fd, owner=os.getpid(), preload=preload)
         return subprocess.Popen(
             [sys.executable, "-c", code],

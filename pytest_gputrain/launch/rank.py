@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from ..trace.install import installed
-from . import payload, recorder, stacks, wire
+from . import libraries, payload, recorder, stacks, wire
 
 ATTACHED = "_gputrain_attached"
 """Attribute of an exception whose bytes travel with its report, to ``RankResult.attached``."""
@@ -76,10 +76,6 @@ class Link:
             self._sock.recv(1)
 
 
-_LIBRARIES = ("transformers", "timm", "torchvision")
-"""Libraries of model definitions: seconds to import, nothing but definitions in them."""
-
-
 def run_function(
     link: Link, spec: Mapping[str, Any], rank: int, call: bytes, listen_fd: int | None
 ) -> NoReturn:
@@ -93,7 +89,7 @@ def run_function(
             value, location = recorder.called(target, args, kwargs)
         body = pack(value, rank)
         flush()
-        imported = imported_since(known) if rank == 0 else []
+        imported = libraries.imported(known) if rank == 0 else []
         link.report("passed", body, imported=imported, location=location)
     except BaseException as error:  # SystemExit and pytest's outcomes are BaseExceptions
         flush()
@@ -110,11 +106,6 @@ def tracing(spec: Mapping[str, Any], rank: int) -> contextlib.AbstractContextMan
     seconds = min(spec["stall"], spec["timeout"]) / 2
     folder = Path(spec.get("traces") or spec["folder"]) / f"rank{rank}"
     return installed(spec.get("trace"), folder, rank, watchdog_seconds=seconds)
-
-
-def imported_since(known: frozenset[str]) -> list[str]:
-    """Modules of model libraries that this rank had to import: the server does so before the next launch."""
-    return [name for name in sys.modules if name.startswith(_LIBRARIES) and name not in known]
 
 
 class UnpicklableValue(TypeError):

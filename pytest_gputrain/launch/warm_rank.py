@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import calls, dirt, dirt_python, dirt_torch, output, payload, rank, recorder, sweep
+from . import calls, dirt, dirt_python, dirt_torch, libraries, output, payload, rank, recorder, sweep
 
 
 def run(
@@ -127,7 +127,7 @@ class _Kept:
         """What the ranks that come after these, should these be ended, need not import again."""
         if not self._number and len(sys.modules) != self._num_modules:
             self._num_modules = len(sys.modules)
-            self._new_modules = rank.imported_since(self._modules)
+            self._new_modules = libraries.imported(self._modules)
         return self._new_modules
 
     def _left_running(self) -> list[str]:

@@ -13,6 +13,9 @@ import pytest
 from pytest_gputrain.plugin import cases, leasing, markers, properties, settings, terminal
 from pytest_gputrain.plugin.xdist import XdistHooks, refusals
 
+_sessions: list[pytest.Config] = []
+"""Those that run in this process, the outermost first: pytester runs sessions inside of a test."""
+
 
 def is_xdist_worker(config: pytest.Config) -> bool:
     """Whether this process runs tests for another one that reports them."""
@@ -24,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    _sessions.append(config)
     markers.register(config)
     resolved = settings.resolve(config)
     terminal.check_pretended_gpus()
@@ -39,6 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
+    if config in _sessions:
+        _sessions.remove(config)
+    if _sessions:  # fork servers and idle ranks are the outer session's, which goes on
+        return
     # Only a session that launched has fork servers to end; importing the room to ask would cost the others.
     if (launch := sys.modules.get("pytest_gputrain.launch")) is not None:
         launch.shutdown()

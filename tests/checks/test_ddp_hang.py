@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugin.conftest import ROOT, Run, _no_settings_of_the_caller, run_child
+from tests.plugin.conftest import ROOT, Run, _no_settings_of_the_caller, run, run_with_torch, torch_is_there
 
 pytestmark = pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
-__all__ = ["_no_settings_of_the_caller", "run_child"]
+__all__ = ["_no_settings_of_the_caller", "run", "run_with_torch", "torch_is_there"]
 MODULE = str(ROOT / "pytest_gputrain" / "checks" / "test_ddp_hang.py")
 
 
-def test_the_three_branch_model_passes(run_child: Run, tmp_path: Path) -> None:
-    result = run_child(MODULE, "-v", "-n0", "--gputrain-report", str(tmp_path))
+def test_the_three_branch_model_passes(run_with_torch: Run, tmp_path: Path) -> None:
+    result = run_with_torch(MODULE, "-v", "--gputrain-report", str(tmp_path))
     result.assert_outcomes(passed=1, skipped=1)
     result.stdout.fnmatch_lines_random(
         [
@@ -28,11 +28,9 @@ def test_the_three_branch_model_passes(run_child: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_broken_case_fails_with_the_cause_and_the_advice(run_child: Run, tmp_path: Path) -> None:
+def test_a_broken_case_fails_with_the_cause_and_the_advice(run_with_torch: Run, tmp_path: Path) -> None:
     case = "tests.planted.diagnosed:one_branch_hangs"
-    result = run_child(
-        MODULE, "-n0", "--gputrain-case", case, "--gputrain-report", str(tmp_path), "-k", "cpu"
-    )
+    result = run_with_torch(MODULE, "--gputrain-case", case, "--gputrain-report", str(tmp_path), "-k", "cpu")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
         [

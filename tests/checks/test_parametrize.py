@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.plugin.conftest import Run, _no_settings_of_the_caller, run, run_child
+from tests.plugin.conftest import (
+    Run,
+    _no_settings_of_the_caller,
+    run,
+    run_child,
+    run_with_torch,
+    torch_is_there,
+)
 
-__all__ = ["_no_settings_of_the_caller", "run", "run_child"]
+__all__ = ["_no_settings_of_the_caller", "run", "run_child", "run_with_torch", "torch_is_there"]
 
 CASES = """
 import torch
@@ -61,9 +68,9 @@ def test_alone(check):
 """
 
 
-def test_one_test_a_pair_with_the_right_outcome(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_one_test_a_pair_with_the_right_outcome(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makepyfile(my_cases=CASES, test_it=TESTS)
-    result = run_child("-v", "-rxXs", "-n0")
+    result = run_with_torch("-v", "-rxXs")
     result.stdout.fnmatch_lines(
         [
             "*test_training?good-gradients_arrive? PASSED*",
@@ -124,11 +131,11 @@ def test_misuse_is_told_at_collection(pytester: pytest.Pytester, run: Run, line:
 
 
 def test_shipped_modules_run_the_users_case_on_both_devices(
-    pytester: pytest.Pytester, run_child: Run
+    pytester: pytest.Pytester, run_with_torch: Run
 ) -> None:
     pytester.makepyfile(my_cases=CASES)
-    arguments = ("--pyargs", "pytest_gputrain.checks", "--gputrain-case", "my_cases:good", "-v", "-n0")
-    result = run_child(*arguments, "-k", "gradients_arrive or data_differs")
+    arguments = ("--pyargs", "pytest_gputrain.checks", "--gputrain-case", "my_cases:good", "-v")
+    result = run_with_torch(*arguments, "-k", "gradients_arrive or data_differs")
     result.stdout.fnmatch_lines(
         [
             "*test_data_parallel.py::test_ddp_data_differs?good-cpu? PASSED*",

@@ -26,16 +26,22 @@ def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 class _Torch:
-    """Whether a session inside this process has imported torch.
+    """What a session inside this process has imported of torch.
 
-    It must not: pytester forgets the modules of each session, and a second torch in one process is a
+    It must be nothing: pytester forgets the modules of each session, and a second torch in one process is a
     segmentation fault in some later collection of garbage, of which nobody ever sees more than a lost worker.
     """
 
-    imported = False
+    def __init__(self) -> None:
+        self.known = _torchs_modules()
+        self.imported = set[str]()
 
     def pytest_unconfigure(self) -> None:
-        self.imported = "torch" in sys.modules
+        self.imported = _torchs_modules() - self.known
+
+
+def _torchs_modules() -> set[str]:
+    return {name for name in sys.modules if name.partition(".")[0] == "torch"}
 
 
 @pytest.fixture
@@ -43,12 +49,28 @@ def run(pytester: pytest.Pytester) -> Run:
     """Run pytest with the plugin in this process: quick, for everything that is not about processes."""
 
     def run_here(*arguments: str) -> pytest.RunResult:
-        known, torch = "torch" in sys.modules, _Torch()
+        torch = _Torch()
         result = pytester.runpytest_inprocess("-p", "pytest_gputrain", *arguments, plugins=[torch])
-        assert known or not torch.imported, "this session imported torch into this process: use run_child"
+        assert not torch.imported, "this session imported torch's modules: use run_with_torch or run_child"
         return result
 
     return run_here
+
+
+@pytest.fixture(scope="session")
+def torch_is_there() -> None:
+    """Before ``pytester``, which forgets all modules that are imported during its test."""
+    import torch._dynamo
+    import torch.distributed.run  # noqa: F401
+
+
+@pytest.fixture
+def run_with_torch(torch_is_there: None, run: Run) -> Run:
+    """``run`` where torch is there already: for sessions that need it, or launch, and end by themselves.
+
+    Ranks come from this process's fork server, and so cost a hundredth of what a new session's would.
+    """
+    return run
 
 
 @pytest.fixture
@@ -56,3 +78,9 @@ def run_child(pytester: pytest.Pytester) -> Run:
     """Run pytest with the plugin, xdist and pytest-timeout in a child process."""
     plugins = [part for name in ("xdist", "timeout", "pytest_gputrain") for part in ("-p", name)]
     return lambda *arguments: pytester.runpytest_subprocess(*plugins, *arguments, timeout=100)
+
+
+@pytest.fixture
+def run_each_way(run_with_torch: Run, run_child: Run) -> Run:
+    """``run_child`` where xdist's ``-n`` is given, which needs it, else ``run_with_torch``."""
+    return lambda *arguments: (run_child if "-n" in arguments else run_with_torch)(*arguments)

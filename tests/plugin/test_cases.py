@@ -33,9 +33,9 @@ def test_without_a_case_the_reference(pytester: pytest.Pytester, run: Run) -> No
     run("--collect-only").stdout.fnmatch_lines(["*test_it[[]gpt[]]*"])
 
 
-def test_cases_given(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_cases_given(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(ASKS, mine=MINE)
-    result = run_child("-v", "--gputrain-case=mine:both", "--gputrain-case=mine:one")
+    result = run("-v", "--gputrain-case=mine:both", "--gputrain-case=mine:one")
     result.assert_outcomes(passed=3)
 
 
@@ -51,10 +51,10 @@ def test_cases_given(pytester: pytest.Pytester, run_child: Run) -> None:
     ],
 )
 def test_a_case_that_cannot_be_loaded_is_a_usage_error(
-    pytester: pytest.Pytester, run_child: Run, workers: list[str], spec: str, message: str
+    pytester: pytest.Pytester, run_each_way: Run, workers: list[str], spec: str, message: str
 ) -> None:
     pytester.makepyfile(ASKS, mine=MINE)
-    result = run_child(f"--gputrain-case={spec}", *workers)
+    result = run_each_way(f"--gputrain-case={spec}", *workers)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines([f"ERROR: --gputrain-case (from the command line): {message}"])
     assert "Traceback" not in result.stdout.str() + result.stderr.str()

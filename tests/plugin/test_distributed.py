@@ -136,10 +136,10 @@ def test_not_marked(): assert total == 0
 """
 
 
-def test_what_a_body_may_use(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_what_a_body_may_use(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_it=PASSING)
-    result = run_child("-rA", "--junitxml=junit.xml", "-o", "junit_logging=all", "--strict-markers")
+    result = run_with_torch("-rA", "--junitxml=junit.xml", "-o", "junit_logging=all", "--strict-markers")
     result.assert_outcomes(passed=9, skipped=2, xfailed=3, warnings=1)
     result.stdout.fnmatch_lines(["*Captured stdout of rank 1 call*", "said by 1"])
     result.stdout.fnmatch_lines(["*test_it.py:*: UserWarning: for the summary"])
@@ -171,9 +171,9 @@ class TestTogether:
 """
 
 
-def test_under_xdist_and_in_part(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_under_xdist_and_in_part(pytester: pytest.Pytester, run_each_way: Run) -> None:
     pytester.makepyfile(test_it=SOME_OF_EACH)
-    result = run_child("-n", "2", "--dist", "loadscope")
+    result = run_each_way("-n", "2", "--dist", "loadscope")
     result.assert_outcomes(passed=3, failed=2)
     result.stdout.fnmatch_lines(
         [
@@ -185,7 +185,7 @@ def test_under_xdist_and_in_part(pytester: pytest.Pytester, run_child: Run) -> N
     )
     result.stdout.fnmatch_lines(["FAILED test_it.py::test_equal[[]2[]] - ranks 0-1: assert 2 == 1"])
     # Once more only what failed, and of that a part.
-    result = run_child("--lf", "-k", "equal and 2")
+    result = run_each_way("--lf", "-k", "equal and 2")
     result.assert_outcomes(failed=1, deselected=3)
 
 

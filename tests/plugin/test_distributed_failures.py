@@ -151,11 +151,11 @@ SHOWN = [
 
 
 def test_what_a_failure_shows(
-    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch
+    pytester: pytest.Pytester, run_with_torch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     pytester.makepyfile(test_it=FAILING)
-    result = run_child()
+    result = run_with_torch()
     result.assert_outcomes(failed=11, errors=2)
     for lines in SHOWN:
         result.stdout.fnmatch_lines(lines)
@@ -166,15 +166,19 @@ def test_what_a_failure_shows(
 
 
 @pytest.mark.slow
-def test_traceback_styles(pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_traceback_styles(
+    pytester: pytest.Pytester, run_with_torch: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     pytester.makepyfile(test_it=FAILING)
     one = ("-k", "a_diff", "--show-capture=no")
-    short = run_child(*one, "--tb=short", "-l").stdout
+    short = run_with_torch(*one, "--tb=short", "-l").stdout
     short.fnmatch_lines(["test_it.py:*: in test_a_diff", "    check(values)", "* values  *= [[]1, 2, 3[]]"])
     short.no_fnmatch_line("*before it*")
-    assert "Traceback (most recent call last):" in run_child(*one, "--tb=native").outlines
-    run_child(*one, "--tb=line").stdout.fnmatch_lines(["*test_it.py:*: rank 1: assert [[]1, 2, 3[]] == *"])
+    assert "Traceback (most recent call last):" in run_with_torch(*one, "--tb=native").outlines
+    run_with_torch(*one, "--tb=line").stdout.fnmatch_lines(
+        ["*test_it.py:*: rank 1: assert [[]1, 2, 3[]] == *"]
+    )
 
 
 HANGING = """

@@ -34,7 +34,7 @@ def test_gpu_count(
 
 
 @needs_linux
-def test_launcher_passes_and_returns_by_rank(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_launcher_passes_and_returns_by_rank(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makepyfile(
         """
         def test_it(ddp_launcher):
@@ -44,7 +44,7 @@ def test_launcher_passes_and_returns_by_rank(pytester: pytest.Pytester, run_chil
             assert ddp_launcher(rank_plus, 40, world_size=2).values == [40, 41]
         """
     )
-    run_child().assert_outcomes(passed=1)
+    run_with_torch().assert_outcomes(passed=1)
 
 
 FAILING = """
@@ -57,11 +57,11 @@ def test_it(ddp_launcher):
 
 @needs_linux
 def test_a_failure_shows_the_cause_first_and_nothing_above_it(
-    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch
+    pytester: pytest.Pytester, run_with_torch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     pytester.makepyfile(test_it=FAILING)
-    result = run_child()
+    result = run_with_torch()
     result.assert_outcomes(failed=1)
     first = result.outlines.index(next(line for line in result.outlines if line.startswith("____")))
     assert "raised ValueError: boom" in result.outlines[first + 1]
@@ -73,7 +73,7 @@ def test_a_failure_shows_the_cause_first_and_nothing_above_it(
 
 
 @needs_linux
-def test_a_failure_can_be_caught(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_a_failure_can_be_caught(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makepyfile(
         """
         import pytest
@@ -91,11 +91,11 @@ def test_a_failure_can_be_caught(pytester: pytest.Pytester, run_child: Run) -> N
             assert ddp_launcher(boom, check=False).verdict is Verdict.FAILED
         """
     )
-    run_child().assert_outcomes(passed=2)
+    run_with_torch().assert_outcomes(passed=2)
 
 
 @needs_linux
-def test_a_skip_on_all_ranks_skips_the_test(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_a_skip_on_all_ranks_skips_the_test(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makepyfile(
         test_it="""
         import unittest
@@ -110,13 +110,13 @@ def test_a_skip_on_all_ranks_skips_the_test(pytester: pytest.Pytester, run_child
             ddp_launcher(skip)
         """
     )
-    result = run_child("-rs")
+    result = run_with_torch("-rs")
     result.assert_outcomes(skipped=2)
     result.stdout.fnmatch_lines(["SKIPPED [[]1[]] test_it.py:6: *not on this machine*"])
 
 
 @needs_linux
-def test_bad_input_is_a_usage_error_and_a_value_error(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_bad_input_is_a_usage_error_and_a_value_error(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makepyfile(
         """
         import pytest
@@ -133,7 +133,7 @@ def test_bad_input_is_a_usage_error_and_a_value_error(pytester: pytest.Pytester,
             ddp_launcher(print, world_size=0)
         """
     )
-    result = run_child()
+    result = run_with_torch()
     result.assert_outcomes(passed=3, failed=1)
     result.stdout.fnmatch_lines(["E * LaunchUsageError: world_size=0*"])
     assert "launch/launcher.py" not in result.stdout.str()
@@ -141,7 +141,7 @@ def test_bad_input_is_a_usage_error_and_a_value_error(pytester: pytest.Pytester,
 
 @needs_linux
 def test_settings_reach_the_launch(
-    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch
+    pytester: pytest.Pytester, run_with_torch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytester.makepyfile(
         """
@@ -157,11 +157,11 @@ def test_settings_reach_the_launch(
         """
     )
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1")
-    run_child("--gputrain-timeout=7", "--gputrain-stall=3").assert_outcomes(passed=2)
+    run_with_torch("--gputrain-timeout=7", "--gputrain-stall=3").assert_outcomes(passed=2)
 
 
 @needs_linux
-def test_artifacts_go_to_the_report_folder_by_test(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_artifacts_go_to_the_report_folder_by_test(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makepyfile(
         test_it="""
         def test_launches(ddp_launcher):
@@ -171,7 +171,7 @@ def test_artifacts_go_to_the_report_folder_by_test(pytester: pytest.Pytester, ru
         def test_does_not(ddp_launcher): pass
         """
     )
-    run_child("--gputrain-report=report").assert_outcomes(passed=2)
+    run_with_torch("--gputrain-report=report").assert_outcomes(passed=2)
     assert [path.name for path in (pytester.path / "report").iterdir()] == ["test_it.py-test_launches"]
 
 
@@ -201,7 +201,7 @@ def test_nothing_is_left_of_the_fork_servers(pytester: pytest.Pytester, run_chil
     assert left == []
 
 
-def test_grad_tracer(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_grad_tracer(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makepyfile(
         """
         import torch
@@ -214,12 +214,12 @@ def test_grad_tracer(pytester: pytest.Pytester, run_child: Run) -> None:
             assert traced.missing == ["unused.weight", "unused.bias"]
         """
     )
-    run_child().assert_outcomes(passed=1)
+    run_with_torch().assert_outcomes(passed=1)
 
 
 @needs_linux
 def test_checks_called_from_a_test_keep_to_the_sessions_options(
-    pytester: pytest.Pytester, run_child: Run
+    pytester: pytest.Pytester, run_with_torch: Run
 ) -> None:
     pytester.makepyfile(
         """
@@ -241,7 +241,7 @@ def test_checks_called_from_a_test_keep_to_the_sessions_options(
             check(case)
         """
     )
-    result = run_child("--gputrain-timeout=2", "--gputrain-report=kept")
+    result = run_with_torch("--gputrain-timeout=2", "--gputrain-report=kept")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["gradients_arrive?slow? FAILED: HUNG after 2.*", "*artifacts: *kept*"])
     assert list(pytester.path.glob("kept/*/*/rank0/stacks.txt"))

@@ -56,9 +56,9 @@ def assert_no_overlap(held: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "xdist"])
-def test_timeline(pytester: pytest.Pytester, run_child: Run, workers: list[str]) -> None:
+def test_timeline(pytester: pytest.Pytester, run_each_way: Run, workers: list[str]) -> None:
     pytester.makepyfile(test_it=SUITE)
-    run_child("--gputrain-report=report", *workers).assert_outcomes(passed=6, failed=1)
+    run_each_way("--gputrain-report=report", *workers).assert_outcomes(passed=6, failed=1)
     held = bars(pytester)
     names = [bar["name"].removeprefix("test_it.py::test_") for bar in held]
     assert sorted(names) == ["fails", "fails", "one[0]", "one[1]", "one[2]", "one[3]", "two", "two"]

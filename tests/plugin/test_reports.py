@@ -70,14 +70,14 @@ def titles(lines: list[str]) -> list[str]:
     return [line.strip("- ") for line in lines if line.startswith("----") and "Captured" in line]
 
 
-@pytest.mark.parametrize("workers", [["-n", "0"], ["-n", "2"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "xdist"])
 def test_a_report_tells_what_ranks_said(
-    pytester: pytest.Pytester, run_child: Run, workers: list[str]
+    pytester: pytest.Pytester, run_each_way: Run, workers: list[str]
 ) -> None:
     pytester.makeconftest(RECORDER)
     pytester.makepyfile(test_it=TESTS)
     options = ["-rA", "--junitxml=out.xml", "-o", "junit_logging=all", "--gputrain-report=kept"]
-    result = run_child(*options, *workers)
+    result = run_each_way(*options, *workers)
     result.assert_outcomes(passed=2, failed=4)
     sections_and_junit(pytester)
     the_terminal_shows_it_once(result.outlines)
@@ -138,13 +138,13 @@ def artifacts_are_named(pytester: pytest.Pytester) -> None:
     assert "gputrain_artifacts" not in found["assertion_fails", "call"][1]
 
 
-def test_show_capture_hides_sections(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_show_capture_hides_sections(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makepyfile(test_it=TESTS)
-    shown = run_child("-k", "assertion_fails", "--show-capture=stderr").outlines
+    shown = run_with_torch("-k", "assertion_fails", "--show-capture=stderr").outlines
     assert titles(shown) == ["Captured stderr of rank 0 call", "Captured stderr of rank 1 call"]
 
 
-def test_a_report_has_an_end(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_a_report_has_an_end(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makeconftest(RECORDER)
     pytester.makepyfile(
         test_it="""
@@ -155,14 +155,14 @@ def test_a_report_has_an_end(pytester: pytest.Pytester, run_child: Run) -> None:
             assert False
         """
     )
-    run_child().assert_outcomes(failed=1)
+    run_with_torch().assert_outcomes(failed=1)
     sections = reports(pytester)["floods", "call"][0]
     sizes = {title: len(content) for title, content in sections.items()}
     assert "Captured stdout of further ranks call" in sizes
     assert sum(sizes.values()) < 257 * 1024
 
 
-def test_what_a_fixture_launched(pytester: pytest.Pytester, run_child: Run) -> None:
+def test_what_a_fixture_launched(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makeconftest(RECORDER)
     pytester.makepyfile(
         test_it="""
@@ -181,7 +181,7 @@ def test_what_a_fixture_launched(pytester: pytest.Pytester, run_child: Run) -> N
         def test_errors(broken): pass
         """
     )
-    run_child().assert_outcomes(failed=1, passed=1, errors=1)
+    run_with_torch().assert_outcomes(failed=1, passed=1, errors=1)
     found = reports(pytester)
     assert found["fails", "setup"][0] == {}
     assert found["fails", "call"][0]["Captured stdout of rank 1 call"] == "[rank 1]\nmade\n"

@@ -20,9 +20,9 @@ def test_it(ddp_launcher, request):
 
 
 @pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
-def test_sections_are_shown_as_pytest_shows_its_own(pytester: pytest.Pytester, run: Run) -> None:
+def test_sections_are_shown_as_pytest_shows_its_own(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makepyfile(test_it=PRINTS)
-    shown = run("-rP", "--junitxml=junit.xml", "-o", "junit_logging=all").stdout
+    shown = run_with_torch("-rP", "--junitxml=junit.xml", "-o", "junit_logging=all").stdout
     shown.fnmatch_lines(
         ["*Captured stdout of rank 0 call*", "said 0", "*Captured stdout of rank 1 call*", "said 1"]
     )
@@ -30,8 +30,8 @@ def test_sections_are_shown_as_pytest_shows_its_own(pytester: pytest.Pytester, r
     shown.no_fnmatch_line("*stderr of rank 0*")
     junit = (pytester.path / "junit.xml").read_text()
     assert all(part in junit for part in ("[rank 0]\nsaid 0\n", "[rank 1]\nsaid 1\n", "moaned &lt;1&gt;"))
-    run().stdout.no_fnmatch_line("*said*")
-    hidden = run("-rP", "--show-capture=stderr").stdout
+    run_with_torch().stdout.no_fnmatch_line("*said*")
+    hidden = run_with_torch("-rP", "--show-capture=stderr").stdout
     hidden.fnmatch_lines(["moaned <1>"])
     hidden.no_fnmatch_line("said *")
-    run("-s").stdout.fnmatch_lines(["*[[]rank 0[]] said 0", "[[]rank 1[]] said 1"])
+    run_with_torch("-s").stdout.fnmatch_lines(["*[[]rank 0[]] said 0", "[[]rank 1[]] said 1"])

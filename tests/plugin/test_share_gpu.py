@@ -25,11 +25,11 @@ def test_one(): pass
 
 @EACH_WAY
 def test_runs_and_says_so(
-    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+    pytester: pytest.Pytester, run_each_way: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
 ) -> None:
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1x80GB")
     pytester.makepyfile(THREE)
-    result = run_child("--share-gpu", "--junitxml=out.xml", *workers)
+    result = run_each_way("--share-gpu", "--junitxml=out.xml", *workers)
     result.assert_outcomes(passed=3, skipped=1)
     line = "gputrain: 2 tests shared 1 GPU between ranks; nothing here is a multi-GPU result"
     assert line in result.outlines
@@ -66,11 +66,11 @@ def test_without_a_gpu_it_still_skips(
 
 @EACH_WAY
 def test_shared_runs_do_not_meet_require_gpus(
-    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+    pytester: pytest.Pytester, run_each_way: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
 ) -> None:
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1")
     pytester.makepyfile(THREE)
-    result = run_child("--share-gpu", "--require-gpus=1", "-k", "test_two", *workers)
+    result = run_each_way("--share-gpu", "--require-gpus=1", "-k", "test_two", *workers)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     line = (
         "gputrain: --require-gpus 1: no test marked gpu ran but those that shared one, "
@@ -89,7 +89,7 @@ def test_require_gpus_counts_gpus_and_not_shares(
 
 
 def test_a_refused_launch_shared_nothing_and_is_said_once(
-    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch
+    pytester: pytest.Pytester, run_with_torch: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1")
     pytester.makepyfile(
@@ -101,7 +101,7 @@ def test_a_refused_launch_shared_nothing_and_is_said_once(
         def test_it(): pass
         """
     )
-    result = run_child("--share-gpu")
+    result = run_with_torch("--share-gpu")
     result.assert_outcomes(failed=1)
     text = result.stdout.str()
     assert "between ranks" not in text

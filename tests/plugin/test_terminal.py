@@ -24,12 +24,12 @@ EACH_WAY = pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "
 
 @EACH_WAY
 def test_header_once(
-    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+    pytester: pytest.Pytester, run_each_way: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
 ) -> None:
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "2")
     monkeypatch.delenv("GPUTRAIN_LEASE_DIR")
     pytester.makepyfile("def test_nothing(): pass")
-    lines = [line for line in run_child(*workers).outlines if "gputrain:" in line]
+    lines = [line for line in run_each_way(*workers).outlines if "gputrain:" in line]
     assert lines == [
         "gputrain: GPUs found: 2 (2 x pretended GPU, by GPUTRAIN_FAKE_GPUS)",
         "gputrain: timeout 300 s, stall 60 s",
@@ -38,11 +38,11 @@ def test_header_once(
 
 @EACH_WAY
 def test_summary_says_what_did_not_run(
-    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+    pytester: pytest.Pytester, run_each_way: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
 ) -> None:
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1x40GB")
     pytester.makepyfile(THREE)
-    result = run_child(*workers)
+    result = run_each_way(*workers)
     result.assert_outcomes(passed=1, skipped=3)
     result.stdout.fnmatch_lines(
         [
@@ -66,11 +66,11 @@ def test_summary_is_quiet_when_nothing_was_missing(
 
 @EACH_WAY
 def test_required_gpus_missing_ends_the_session_before_any_test(
-    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+    pytester: pytest.Pytester, run_each_way: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
 ) -> None:
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1")
     pytester.makepyfile(f"{THREE}\nraise RuntimeError('collected')")
-    result = run_child("--require-gpus", "2", *workers)
+    result = run_each_way("--require-gpus", "2", *workers)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     message = (
         "--require-gpus 2: needs 2 GPUs, found 1 (pretended GPU, by GPUTRAIN_FAKE_GPUS); no test was run"
@@ -93,25 +93,25 @@ NOTHING_RAN = (
 )
 def test_required_gpus_unused_are_red(
     pytester: pytest.Pytester,
-    run_child: Run,
+    run_each_way: Run,
     monkeypatch: pytest.MonkeyPatch,
     workers: list[str],
     selection: list[str],
 ) -> None:
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1")
     pytester.makepyfile(THREE)
-    result = run_child("--require-gpus", "1", *selection, *workers)
+    result = run_each_way("--require-gpus", "1", *selection, *workers)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert NOTHING_RAN in result.outlines
 
 
 @EACH_WAY
 def test_required_gpus_used_are_green(
-    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+    pytester: pytest.Pytester, run_each_way: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
 ) -> None:
     monkeypatch.setenv("GPUTRAIN_FAKE_GPUS", "1")
     pytester.makepyfile(THREE)
-    result = run_child("--require-gpus", "1", *workers)
+    result = run_each_way("--require-gpus", "1", *workers)
     result.assert_outcomes(passed=2, skipped=2)
     assert result.ret == pytest.ExitCode.OK
 
