@@ -1,15 +1,15 @@
-"""Model libraries: a fork server imports them once, so that not every rank of every launch has to."""
+"""Modules that a fork server imports once, so that not every rank of every launch has to."""
 
 from __future__ import annotations
 
 import sys
 
-_LIBRARIES = ("transformers", "timm", "torchvision")
-"""Libraries of model definitions: seconds to import, nothing but definitions in them."""
+_LIBRARIES = ("transformers", "timm", "torchvision", "pytest_gputrain")
+"""Model libraries, which take seconds to import, and this package: nothing but definitions in any of them."""
 
 
 def imported(known: frozenset[str] = frozenset()) -> list[str]:
-    """Modules of model libraries that this process has imported, ``known`` aside."""
+    """Modules of these libraries that this process has imported, ``known`` aside."""
     return [name for name in tuple(sys.modules) if name.startswith(_LIBRARIES) and name not in known]
 
 

@@ -35,14 +35,28 @@ def pytest_here(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run("pytest", "-c", "/dev/null", "-p", "pytest_gputrain", "-p", "no:cacheprovider", *arguments)
 
 
-def test_the_failure_that_the_readme_shows() -> None:
-    done = pytest_here("--rootdir=.", "test_uneven.py")
-    assert done.returncode == 1
-    shown = done.stdout.splitlines()
+def test_the_examples_of_tests() -> None:
+    """In one session, which imports torch and the model library once."""
+    done = pytest_here("--rootdir=.", "-v", "-rs", "test_uneven.py", "test_tour.py", "test_on_every_rank.py")
+    assert done.returncode == 1, done.stdout
+    the_failure_is_the_readmes(done.stdout.splitlines())
+    assert outcomes(done.stdout, "test_uneven.py") == ["FAILED"], done.stdout
+    tour = outcomes(done.stdout, "test_tour.py")
+    assert tour.count("PASSED") == 12 and set(tour) == {"PASSED", "SKIPPED"}, done.stdout
+    assert outcomes(done.stdout, "test_on_every_rank.py") == ["PASSED"] * 2 + ["SKIPPED"] * 2, done.stdout
+    assert "needs 2 GPUs, found" in done.stdout
+
+
+def the_failure_is_the_readmes(shown: list[str]) -> None:
     start = next(number for number, line in enumerate(shown) if line.startswith("HUNG after"))
     assert "test_one_epoch" in shown[start - 1]  # nothing above the cause
     for line in shown[start : start + 4]:
         assert without_seconds(line) in without_seconds(README)
+
+
+def outcomes(text: str, file: str) -> list[str]:
+    """Of the tests of one file, passes first."""
+    return sorted(re.findall(rf"^{re.escape(file)}::\S+ (PASSED|FAILED|SKIPPED|ERROR)", text, re.MULTILINE))
 
 
 def without_seconds(text: str) -> str:
@@ -54,20 +68,7 @@ def test_the_program_that_the_readme_shows_is_the_one_that_runs() -> None:
     assert program[program.index("def train_one_epoch") :].strip() in README
 
 
-def test_the_tour() -> None:
-    done = pytest_here("--rootdir=.", "-rs", "test_tour.py")
-    assert done.returncode == 0, done.stdout
-    counts = dict(
-        reversed(found) for found in re.findall(r"(\d+) (passed|skipped)", done.stdout.splitlines()[-1])
-    )
-    assert counts["passed"] == "12", done.stdout
-    assert "needs 2 GPUs, found" in done.stdout
-
-
-def test_tests_on_every_rank() -> None:
-    done = pytest_here("--rootdir=.", "-rs", "test_on_every_rank.py")
-    assert done.returncode == 0, done.stdout
-    assert "2 passed, 2 skipped" in done.stdout, done.stdout
+def test_the_test_on_every_rank_that_the_readme_shows_is_the_one_that_runs() -> None:
     program = (EXAMPLES / "test_on_every_rank.py").read_text()
     start = program.index("@distributed(world_size=2)\ndef test_gradients")
     assert program[start : program.index("\n\n", start)] in README

@@ -77,7 +77,7 @@ def run_with_torch(torch_is_there: None, run: Run) -> Run:
 def run_child(pytester: pytest.Pytester) -> Run:
     """Run pytest with the plugin, xdist and pytest-timeout in a child process."""
     plugins = [part for name in ("xdist", "timeout", "pytest_gputrain") for part in ("-p", name)]
-    return lambda *arguments: pytester.runpytest_subprocess(*plugins, *arguments, timeout=100)
+    return lambda *arguments: pytester.runpytest_subprocess(*plugins, *arguments, timeout=250)
 
 
 @pytest.fixture

@@ -136,10 +136,10 @@ def test_not_marked(): assert total == 0
 """
 
 
-def test_what_a_body_may_use(pytester: pytest.Pytester, run_with_torch: Run) -> None:
+def test_what_a_body_may_use(pytester: pytest.Pytester, run_child: Run) -> None:
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(test_it=PASSING)
-    result = run_with_torch("-rA", "--junitxml=junit.xml", "-o", "junit_logging=all", "--strict-markers")
+    result = run_child("-rA", "--junitxml=junit.xml", "-o", "junit_logging=all", "--strict-markers")
     result.assert_outcomes(passed=9, skipped=2, xfailed=3, warnings=1)
     result.stdout.fnmatch_lines(["*Captured stdout of rank 1 call*", "said by 1"])
     result.stdout.fnmatch_lines(["*test_it.py:*: UserWarning: for the summary"])

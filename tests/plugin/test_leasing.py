@@ -244,13 +244,13 @@ def test_two_runs_at_once(pytester: pytest.Pytester, folder: LeaseFolder) -> Non
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "xdist"])
 def test_a_bad_lease_folder_is_a_usage_error(
-    pytester: pytest.Pytester, run_each_way: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
+    pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]
 ) -> None:
     monkeypatch.delenv("GPUTRAIN_LEASE_DIR")
     monkeypatch.setenv("TMPDIR", str(pytester.path))
     (pytester.path / "gputrain-leases").touch()
     pytester.makepyfile(TWO_GPUS)
-    result = run_each_way(*workers)
+    result = run_child(*workers)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert (
         f"ERROR: lease folder '{pytester.path}/gputrain-leases' is not a folder; give a folder that this "
@@ -258,7 +258,7 @@ def test_a_bad_lease_folder_is_a_usage_error(
     ) in result.errlines
     assert "Traceback" not in result.stdout.str() + result.stderr.str()
     pytester.makepyfile("def test_needs_none(): pass")
-    run_each_way("-k", "needs_none", *workers).assert_outcomes(passed=1)
+    run_child("-k", "needs_none", *workers).assert_outcomes(passed=1)
 
 
 def test_a_lease_dir_that_is_a_file_says_where_it_came_from(
