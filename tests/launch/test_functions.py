@@ -280,7 +280,11 @@ def test_the_working_directory_is_the_callers(tmp_path: Path, monkeypatch: pytes
 
 
 def test_nothing_is_left_in_the_temporary_folder_of_torch() -> None:
-    before = set(os.listdir(tempfile.gettempdir()))
-    launch(lambda: None)
-    new = set(os.listdir(tempfile.gettempdir())) - before
-    assert not [name for name in new if name.startswith(("torch", f"gputrain-{os.getpid()}"))]
+    for _ in range(5):  # once is enough: other tests' torchrun, in other processes, uses the same folder
+        before = set(os.listdir(tempfile.gettempdir()))
+        launch(lambda: None)
+        new = set(os.listdir(tempfile.gettempdir())) - before
+        left = [name for name in new if name.startswith(("torch", f"gputrain-{os.getpid()}"))]
+        if not left:
+            break
+    assert not left

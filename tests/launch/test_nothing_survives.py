@@ -105,6 +105,7 @@ class Session:
         return output.decode()
 
 
+@pytest.mark.timeout(600)  # twenty sessions, each of which imports torch
 @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_sigkill_of_pytest(times: int, tmp_path: Path) -> None:
     for first in range(0, times, 2):  # two at a time: they are independent, and importing torch is slow
