@@ -6,14 +6,16 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import types
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_gputrain.launch import observe, output, payload, place, process, stacks, wire
+from pytest_gputrain.launch import libraries, observe, output, payload, place, process, stacks, wire
 from pytest_gputrain.launch.member import Member
 
 DUMP = """\
@@ -152,3 +154,15 @@ def test_a_rank_that_is_not_ready_to_answer_is_not_killed_by_the_question(tmp_pa
             assert member.waiting_at is None
         finally:
             child.kill()
+
+
+def test_a_fork_server_imports_files_of_models_that_its_owner_has_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("timm", "timm.layers", "transformers.models.mine.modeling_mine", "numpy.modeling_none")
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    assert set(libraries.imported()) >= {*names[:3]}
+    found = libraries.with_models()
+    assert [name in found for name in names] == [True, False, True, False]
+    assert "timm" not in libraries.imported(known=frozenset(sys.modules))

@@ -201,6 +201,20 @@ def test_nothing_is_left_of_the_fork_servers(pytester: pytest.Pytester, run_chil
     assert left == []
 
 
+@needs_linux
+def test_a_session_inside_of_a_test_leaves_the_fork_servers_of_the_outer_one(
+    pytester: pytest.Pytester, run_with_torch: Run
+) -> None:
+    from pytest_gputrain import launch
+    from pytest_gputrain.launch import client
+
+    launch(int)
+    servers = [server.pid for server in client._idle]
+    pytester.makepyfile("def test_it(ddp_launcher): ddp_launcher(int)")
+    run_with_torch().assert_outcomes(passed=1)
+    assert [server.pid for server in client._idle if server.alive] == servers != []
+
+
 def test_grad_tracer(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makepyfile(
         """
