@@ -65,6 +65,17 @@ def add_deadlines(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=seconds, default=default, metavar="SECONDS", help=what)
 
 
+def add_place(parser: argparse.ArgumentParser, when: str = "") -> None:
+    """``--capacity``, ``--device`` and ``--world-size``: what a batch size has to fit. ``when`` is said first
+    where a command looks for one only then.
+    """
+    add = parser.add_argument
+    text = 'memory to fit in, such as "80GB" (default: what is free)'
+    add("--capacity", metavar="SIZE", help=f"{when}{text}")
+    add("--device", type=device, help=f"{when}cpu or cuda (default: cuda where there is a GPU)")
+    add("--world-size", type=positive, default=1, metavar="N", help="data-parallel ranks (default: 1)")
+
+
 def flag_of(variable: str) -> bool:
     """A flag's environment twin; empty counts as not set. Raises UsageError."""
     text = os.environ.get(variable, "").strip()

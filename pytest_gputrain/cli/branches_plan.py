@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_gputrain.cli.arguments import EXIT_FAILED, EXIT_OK, UsageError, device, positive
+from pytest_gputrain.cli.arguments import EXIT_FAILED, EXIT_OK, UsageError, add_place, positive
 
 if TYPE_CHECKING:
     from pytest_gputrain.cli.branches_limit import Limit
@@ -65,9 +65,7 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="most sequences on a device; auto finds it, as find-batch does",
     )
     add("--case", metavar="MODULE:ATTR", help="with auto: the training case (default: GPUTRAIN_CASE)")
-    add("--capacity", metavar="SIZE", help='with auto: memory of a device, such as "80GB"')
-    add("--device", type=device, help="with auto: cpu or cuda (default: cuda where there is a GPU)")
-    add("--world-size", type=positive, default=1, metavar="N", help="data-parallel ranks (default: 1)")
+    add_place(parser, "with auto: ")
     add("--name", default="branches", metavar="NAME", help="of the sweep, at Weights & Biases")
     add("--out", type=_out, metavar="DIR", help="where to write; without it the table is all")
     add("--force", action="store_true", help="replace another plan in DIR")

@@ -20,7 +20,7 @@ from pytest_gputrain.cli.arguments import (
     EXIT_OK,
     UsageError,
     add_deadlines,
-    device,
+    add_place,
     folder,
     output_file,
     positive,
@@ -51,11 +51,10 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.set_defaults(run=_find_batch, block_size=None)  # which `branches plan` knows
     add = parser.add_argument
     add("spec", nargs="?", metavar="MODULE:ATTR", help="the training case (default: GPUTRAIN_CASE)")
-    add("--capacity", metavar="SIZE", help='memory to fit in, such as "80GB" (default: what is free)')
+    add_place(parser)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--predict", action="store_true", help="predict for --capacity; run nothing")
     how.add_argument("--measure", action="store_true", help="run real steps within --capacity, also on a CPU")
-    add("--device", type=device, help="cpu or cuda (default: cuda where there is a GPU)")
     add("--margin", type=_margin, default=0.85, metavar="F", help="part of the memory to use (default: 0.85)")
     add("--min", type=positive, default=1, metavar="N", help="smallest batch size (default: 1)")
     add(
@@ -66,7 +65,6 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     add("--multiple-of", type=positive, default=1, metavar="N", help="only multiples of N")
     add("--global-batch", type=positive, metavar="N", help="plan its accumulation too")
-    add("--world-size", type=positive, default=1, metavar="N", help="data-parallel ranks (default: 1)")
     add(
         "--strategy", choices=("model", "exponential"), default="model", help="how to search (default: model)"
     )
