@@ -35,8 +35,8 @@ SHAKE, NEARLY_ZERO, SIZE_FOR_ZERO = 0.05, 1e-2, 0.4
 @dataclass
 class Baseline:
     """points: weights to step from. bounds: at each, around the plain step. random: whether another seed
-    gives another step. kind: the coarsest type that it computes in. curve, controls: losses; seconds: of a
-    step.
+    gives another step. kind: the coarsest type that it computes in. curve, controls: losses; step_seconds:
+    the curve's; seconds: of a single step.
     """
 
     points: list[Snapshot]
@@ -45,6 +45,7 @@ class Baseline:
     kind: str
     seconds: float
     curve: list[float]
+    step_seconds: list[float]
     controls: list[list[float]]
     side: Side
     other: Side
@@ -77,13 +78,16 @@ def watch_eager(case: TrainingCase, ctx: CheckContext, batches: Sequence[Any]) -
     _comparable(plain, repeated, kind)
     random = any(b.wrong_loss(got) or b.wrong_gradients(got) for b, got in zip(bounds, reseeded, strict=True))
     seeds = _seeds(ctx, seconds)
-    curve = _curve(case, ctx, start, batches, seeds)
+    walked = eager(case, ctx, start)
+    curve = _known(walked.train(start, batches, seeds, lambda step: None))
     broken = [step for step, loss in enumerate(curve) if not math.isfinite(loss)]
     if broken:
         raise CheckUndecided(
             f"eager training loses its loss in step {broken[0]} (NaN or infinite); {_NOTHING}"
         )
-    baseline = Baseline(points, bounds, random, kind, seconds, curve, [], first, sides[0])
+    baseline = Baseline(
+        points, bounds, random, kind, seconds, curve, walked.step_seconds, [], first, sides[0]
+    )
     baseline.controls.append(control(case, ctx, baseline, batches, 0))
     return baseline
 
@@ -129,8 +133,11 @@ def _seeds(ctx: CheckContext, seconds: float) -> list[int]:
 def _curve(
     case: TrainingCase, ctx: CheckContext, start: Snapshot, batches: Sequence[Any], seeds: Sequence[int]
 ) -> list[float]:
+    return _known(eager(case, ctx, start).train(start, batches, seeds, lambda step: None))
+
+
+def _known(losses: Sequence[float | None]) -> list[float]:
     """Empty where the step returns no loss."""
-    losses = eager(case, ctx, start).train(start, batches, seeds, lambda step: None)
     return [loss for loss in losses if loss is not None]
 
 

@@ -201,7 +201,8 @@ def _judge_curve(
     parting = part(baseline.curve, curve, controls)
     if parting.at is not None:  # one control may have been lucky
         parting = part(baseline.curve, curve, [*controls, control(case, ctx, baseline, batches, 1)])
-    keep_curves(case, ctx, baseline.curve, curve, monitor.report())
+    seconds = {"eager": baseline.step_seconds, "compiled": side.step_seconds}
+    keep_curves(case, ctx, baseline.curve, curve, seconds, batches[0], monitor.report())
     if parting.at is not None:
         raise CheckFailed(*_parted(parting, monitor))
     if parting.judged < number:

@@ -6,6 +6,7 @@ By whoever runs the checks the folder is turned into tables and pictures (``repo
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,27 @@ def keep_curves(
     ctx: CheckContext,
     eager: Sequence[float],
     compiled: Sequence[float],
+    step_seconds: Mapping[str, Sequence[float]],
+    batch: Any,
     report: CompileReport,
 ) -> None:
-    """Losses by step, and what dynamo did meanwhile."""
-    keep(case, ctx, "parity", {"eager": list(eager), "compiled": list(compiled), "monitor": report.as_json()})
+    """Losses and seconds by step, the tokens of one batch, and what dynamo did meanwhile."""
+    if ctx.compile_report is None:
+        return
+    from pytest_gputrain.compile.batch_tokens import tokens_of
+
+    tokens = tokens_of(batch, case.num_targets)
+    data = {
+        "eager": list(eager),
+        "compiled": list(compiled),
+        "step_seconds": {side: list(seconds) for side, seconds in step_seconds.items()},
+        "tokens": tokens.total,
+        "useful": tokens.total if tokens.useful is None else tokens.useful,
+        "unit": tokens.unit,
+        "backend": ", ".join(sorted({graph.backend for graph in report.graphs})) or "none",
+        "monitor": report.as_json(),
+    }
+    keep(case, ctx, "parity", data)
 
 
 def keep(case: TrainingCase, ctx: CheckContext, what: str, data: Mapping[str, Any]) -> None:
@@ -39,9 +57,20 @@ def keep(case: TrainingCase, ctx: CheckContext, what: str, data: Mapping[str, An
     folder.mkdir(parents=True, exist_ok=True)
     document = {"case": case.name, "device": ctx.device, "kind": what, "origin": origin(), **data}
     path = folder / f"{safe(case.name)}-{ctx.device}-{what}.json"
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 def safe(name: str) -> str:
     """A case's name as part of a file's."""
     return re.sub(r"[^\w.+-]+", "_", name).strip("._") or "case"
+
+
+def write_compile_report(ctx: CheckContext) -> None:
+    """The page and the pictures of all that is in the context's folder, where it names one that is there."""
+    if ctx.compile_report is None or not Path(ctx.compile_report).is_dir():
+        return
+    from pytest_gputrain.report.compile_report import write_report
+
+    write_report(Path(ctx.compile_report))

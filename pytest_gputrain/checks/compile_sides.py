@@ -8,6 +8,7 @@ what a user compiles himself (a decorated forward) is eager there, too.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,6 +81,7 @@ class Side:
     optimizer: Any
     parameters: Tensors
     guard: Callable[[], contextlib.AbstractContextManager[Any]] = field(default=contextlib.nullcontext)
+    step_seconds: list[float] = field(default_factory=list)
 
     def probe(self, batch: Any, seed: int) -> Probe:
         """One step of the case from the weights as they are."""
@@ -115,16 +117,20 @@ class Side:
     ) -> list[float | None]:
         """A step for every seed, over the batches in turn, from these weights with a fresh optimizer.
 
-        told: called with each step's number before it. Returns each step's loss.
+        told: called with each step's number before it. Returns each step's loss; ``step_seconds`` are what
+        each took until its loss was there.
         """
         start.restore(self.bare)
         self.optimizer = build_optimizer(self.case, self.bare, _holder(self.bare, self.run))
         losses = []
+        self.step_seconds = []
         for step, seed in enumerate(seeds):
             told(step)
             batch = copied(batches[step % len(batches)])
+            began = time.perf_counter()
             with self.guard():
                 losses.append(loss_value(take_step(self.case, self.run, self.optimizer, [batch], seed)))
+            self.step_seconds.append(time.perf_counter() - began)
         return losses
 
 

@@ -14,6 +14,9 @@ SESSION_LAUNCHER: ContextVar[Any] = ContextVar("gputrain_session_launcher", defa
 # The label of a check's launches whose ranks shared GPUs: every figure of that check carries it.
 SHARED_GPU: ContextVar[str | None] = ContextVar("gputrain_shared_gpu", default=None)
 
+# Where a pytest session with --gputrain-report keeps what the compile checks saw.
+SESSION_COMPILE_REPORT: ContextVar[str | None] = ContextVar("gputrain_session_compile_report", default=None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckContext:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.case import TrainingCase, load_case
-from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.compile_report_data import write_compile_report
+from pytest_gputrain.checks.context import SESSION_COMPILE_REPORT, CheckContext
 from pytest_gputrain.checks.preflight import check_names, preflight
 from pytest_gputrain.checks.registry import chosen_ids, get_check
 from pytest_gputrain.checks.result import CheckResult
@@ -51,12 +52,14 @@ class BoundCheck:
 
         __tracebackhide__ = True
         chosen = case or self.case
-        ctx = CheckContext(**{**vars(self.ctx), "launcher": launcher or self.ctx.launcher})
+        report = self.ctx.compile_report or SESSION_COMPILE_REPORT.get()
+        ctx = replace(self.ctx, launcher=launcher or self.ctx.launcher, compile_report=report)
         try:
             preflight(chosen, ctx)
         except ValueError as error:
             pytest.fail(str(error), pytrace=False)
         result = get_check(self.id).function(chosen, ctx)
+        write_compile_report(ctx)
         if result.outcome == "skipped":
             pytest.skip(result.message)
         if result.outcome == "failed":

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.checks.compile_report_data import write_compile_report
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.preflight import preflight
 from pytest_gputrain.checks.registry import chosen_ids, get_check
@@ -70,6 +71,7 @@ def run_checks(
         results.append(result)
         if on_result is not None:
             on_result(result)
+    write_compile_report(ctx)
     return results
 
 

@@ -20,6 +20,7 @@ from pytest_gputrain.cli.arguments import (
     device,
     file,
     flag_of,
+    folder,
     ranks,
 )
 
@@ -55,6 +56,12 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         type=backend,
         metavar="NAME",
         help="in inductor's place (default on cpu: aot_eager)",
+    )
+    add(
+        "--compile-report",
+        type=folder,
+        metavar="DIR",
+        help="tables and pictures of eager against compiled, from the compile checks",
     )
     add_deadlines(check)
     add("--json", type=file, metavar="FILE", help="also write the results there")
@@ -97,6 +104,7 @@ def _check(options: argparse.Namespace) -> int:
                 world_size=options.world_size,
                 timeout=options.timeout,
                 compile_backend=options.compile_backend,
+                compile_report=options.compile_report,
                 on_result=show,
             )
     except (CaseError, LaunchUsageError) as error:

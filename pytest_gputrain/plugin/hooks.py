@@ -95,14 +95,19 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     parameters = getattr(pyfuncitem, "callspec", None)
     if not parameters or "check" not in parameters.params or "pytest_gputrain.checks" not in sys.modules:
         return (yield)
-    from pytest_gputrain.checks.context import SESSION_LAUNCHER
+    from pytest_gputrain.checks.context import SESSION_COMPILE_REPORT, SESSION_LAUNCHER
     from pytest_gputrain.plugin.launcher import launcher_for
 
-    token = SESSION_LAUNCHER.set(launcher_for(pyfuncitem, None))
+    report = settings.settings_of(pyfuncitem.config).report
+    tokens = (
+        SESSION_LAUNCHER.set(launcher_for(pyfuncitem, None)),
+        SESSION_COMPILE_REPORT.set(str(report / "compile") if report else None),
+    )
     try:
         return (yield)
     finally:
-        SESSION_LAUNCHER.reset(token)
+        SESSION_LAUNCHER.reset(tokens[0])
+        SESSION_COMPILE_REPORT.reset(tokens[1])
 
 
 # Before the report is made: it takes the sections that its item has by then.
