@@ -87,8 +87,14 @@ def calling_line() -> str | None:
 
 
 def guarded_line(reason: str) -> str | None:
-    """The innermost of the user's lines that a guard's text is about, where dynamo has put it there."""
-    return _innermost(reason) or ((found := _GUARDED_LINE.search(reason)) and str(_frame(found))) or None
+    """The innermost of the user's lines that a guard's text is about, where dynamo has put it there.
+
+    The line in the comment is for an older torch, which adds no stack; its file is cut short at the front.
+    """
+    if "User stack trace:" in reason:
+        return _innermost(reason)
+    found = _GUARDED_LINE.search(reason)
+    return str(_frame(found)) if found else None
 
 
 def guard(text: str) -> str:
