@@ -1,8 +1,7 @@
 """Compiling in the training script: the model once, at one shape, before data parallel wraps it.
 
-Inside and not around ``DistributedDataParallel``: the wrapper is told before each backward whether to
-synchronise, and a graph that had it within would be compiled again for every change of that. The price is
-that the buckets are reduced after the compiled backward and not during it.
+torch takes ``DistributedDataParallel`` inside of ``torch.compile``, too. This way round the graph is the one
+of a single rank, and gradients are reduced after the compiled backward rather than during it.
 """
 
 from __future__ import annotations
