@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _harness, torchrun_script
+from benchmarks import _harness, compile_gpu, torchrun_script
 from benchmarks._harness import ROOT
 
 SECONDS = {"ours": [0.03, 0.02, 0.04], "rival": [3.0, 2.7, 3.3]}
@@ -96,9 +96,20 @@ def test_compare_names_every_difference() -> None:
         "cache_hit",
         "prediction",
         "accumulation_overhead",
+        "compile_monitor_cost",
     ],
 )
 def test_a_quick_run_gets_to_its_end(name: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--quick", "--results", str(tmp_path)]
     _harness.run_command(command, timeout=280, cwd=ROOT)
     assert json.loads((tmp_path / f"{name}.json").read_text())["measured"]
+
+
+def test_the_gpu_benchmark_says_in_a_line_that_there_is_none(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert compile_gpu.main(["--quick"]) == 2
+    assert capsys.readouterr().err == (
+        "no GPU here: compile_gpu measures compiled training on one, and nothing was measured\n"
+    )
