@@ -14,7 +14,7 @@ from types import TracebackType
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
-_CHECKING = (_PACKAGE + "/case/", _PACKAGE + "/checks/", _PACKAGE + "/diagnose/")
+_CHECKING = tuple(f"{_PACKAGE}/{room}/" for room in ("case", "checks", "diagnose", "tensor_parallel"))
 _STDLIB = str(Path(os.__file__).parent) + os.sep
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 

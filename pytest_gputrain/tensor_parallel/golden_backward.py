@@ -6,6 +6,7 @@ a rank's part: forward, logits and loss are right in all of these.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.tensor_parallel.golden_blame import blame, depart_forward
 from pytest_gputrain.tensor_parallel.golden_forward import departing, judge
 from pytest_gputrain.tensor_parallel.golden_gradients import Gradients, compare_gradients
-from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError
+from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError, parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
+from pytest_gputrain.tensor_parallel.golden_rounding import gradient_rounding
 from pytest_gputrain.tensor_parallel.golden_step import compare_step
 from pytest_gputrain.tensor_parallel.records import BackwardRecord, GradientRecord, InputRecord
 
@@ -37,13 +39,16 @@ def compare_backward(
         raise ComparisonError(
             "the reference's gradients are all zero or missing, so that nothing can be compared"
         )
+    wanted = replace(wanted, rounding=gradient_rounding(pair, batch))
     pair.parallelize()
     answer = pair.ask_parallel(batch, gradients=True)
     forward = judge(pair, batch, golden, answer)
     records = compare_gradients(pair, wanted)
-    if any(record.problem for record in records) and case.has_own_step and not forward.problem:
-        records = _after_own_step(pair, batch, records)
     layers, layer, cause = blame(pair, batch, records)
+    if layer is not None and case.has_own_step and not forward.problem:
+        records = _after_own_step(pair, batch, records)
+        if not any(record.problem for record in records):
+            layers, layer, cause = [], None, ""
     problem = pair.problem or pair.weights.problem
     if problem is None and forward.problem:
         layer, cause = depart_forward(pair, batch)
@@ -84,6 +89,7 @@ def _after_own_step(pair: Pair, batch: Any, records: list[GradientRecord]) -> li
 
 def _not_compared(pair: Pair, records: list[GradientRecord]) -> list[tuple[str, str]]:
     known = {record.name for record in records}
+    known |= {name for name, p in parameters_of(pair.reference).items() if not p.requires_grad}
     return [
         (record.name, record.problem or "not found in the parallel model")
         for record in pair.weights.records

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from pytest_gputrain.tensor_parallel.golden_layout import Layout
 from pytest_gputrain.tensor_parallel.golden_model import parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.golden_reasons import reason
+from pytest_gputrain.tensor_parallel.golden_rounding import FACTOR
 from pytest_gputrain.tensor_parallel.golden_weights import Held
 from pytest_gputrain.tensor_parallel.records import Difference, GradientRecord
 from pytest_gputrain.trace.names import owners
@@ -24,11 +25,15 @@ _MOST_EXPLAINED = 8  # wrong parameters that are gathered to say why; the first 
 
 @dataclass(frozen=True)
 class Gradients:
-    """The reference's, by name in the order in which backward reaches them. total: norm of all of them."""
+    """The reference's, by name in the order in which backward reaches them.
+
+    total: norm of all of them. rounding: by name, the norm of what a short type's rounding does to them.
+    """
 
     by_name: dict[str, Any]
     layers: dict[str, str]
     total: float
+    rounding: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, order: list[str]) -> Gradients:
@@ -168,7 +173,12 @@ def _record(
     floor = apart.NEGLIGIBLE * torch.finfo(dtype).eps * wanted.total
     worst = max(seen, key=lambda one: (one.absolute, one.relative))
     negligible = size <= floor
-    wrong = not worst.absolute <= (floor if negligible else max(allowed * size, floor))
+    limit = floor if negligible else max(allowed * size, floor)
+    if name in wanted.rounding:
+        # A short type's rounding is no small share of a gradient, and another one for each parameter.
+        limit = max(FACTOR * wanted.rounding[name], torch.finfo(dtype).eps * size)
+        allowed, negligible = (limit / size if size else 0.0), limit >= size
+    wrong = not worst.absolute <= limit
     problem = None
     if wrong:
         problem = _problem(pair, name, golden, worst, missing)
@@ -198,7 +208,9 @@ def _problem(pair: Pair, name: str, golden: Any, worst: _Seen, missing: list[lis
 
 def percent(relative: float) -> str:
     """57 %, 0.3 %, 0.02 %: two digits that count."""
-    return f"{100 * relative:.2g} %" if relative < 10 else f"a factor of {relative:.3g}"
+    if relative >= 10:
+        return f"a factor of {relative:.3g}"
+    return f"{100 * relative:.0f} %" if relative >= 0.1 else f"{100 * relative:.2g} %"
 
 
 def _explained(

@@ -20,7 +20,7 @@ from pytest_gputrain.tensor_parallel.golden_gradients import parts, percent
 from pytest_gputrain.tensor_parallel.golden_inputs import draw
 from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError, parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
-from pytest_gputrain.tensor_parallel.golden_step import SCALES, compare_step
+from pytest_gputrain.tensor_parallel.golden_step import SCALES, compare_step, take
 from pytest_gputrain.tensor_parallel.records import (
     Difference,
     OptimizerRecord,
@@ -35,7 +35,8 @@ SETTINGS = {"SGD": {"lr": 1e-2, "momentum": 0.9}, "Adam": {"lr": 1e-3}, "RMSprop
 # Of the update. In short types an update is a few units of rounding: there it is of the weights.
 UPDATE_TOLERANCE = {"float64": 1e-7, "float32": 2e-3}
 WEIGHT_TOLERANCE = 2e-2
-ROUNDING = 1e-3  # of a gradient's root mean square: elements below it are as much rounding as gradient
+# Of a gradient's root mean square: elements below it are as much rounding as gradient.
+ROUNDING = {"float64": 1e-6, "float32": 1e-3, "float16": 3e-2, "bfloat16": 2e-1}
 
 
 def compare_optimizers(
@@ -156,11 +157,19 @@ class _Trial:
         path = _Path([], {})
         for batch in self.batches:
             model.zero_grad(set_to_none=True)
-            path.losses.append(ask(batch, gradients=True).loss.detach())
+            if pair.case.has_own_step:  # its gradients may only be whole after what it does to them
+                with acting():
+                    gradients = take(
+                        pair.case, model, batch, pair.seed, optimizer=optimizer, losses=path.losses
+                    )
+            else:
+                path.losses.append(ask(batch, gradients=True).loss.detach())
+                gradients = {n: p.grad for n, p in parameters_of(model).items() if p.grad is not None}
             if model is pair.reference:
-                _mark(model, path.significant)
-            with acting():
-                optimizer.step()
+                _mark(gradients, path.significant)
+            if not pair.case.has_own_step:
+                with acting():
+                    optimizer.step()
         return path
 
     def _compare(self, golden: _Path, *, of_updates: bool) -> tuple[str, float, Difference | None]:
@@ -200,14 +209,13 @@ class _Trial:
         return None if largest is None else (squares**0.5, largest)
 
 
-def _mark(model: nn.Module, significant: dict[str, torch.Tensor]) -> None:
+def _mark(gradients: dict[str, Any], significant: dict[str, torch.Tensor]) -> None:
     """Where the gradient is not rounding, now and at every step before; exact zeros are exact."""
-    gradients = {name: p.grad for name, p in parameters_of(model).items() if p.grad is not None}
     total = sum(apart.norm(grad) ** 2 for grad in gradients.values()) ** 0.5
     for name, grad in gradients.items():
         size = apart.norm(grad)
         rms = size / max(1, grad.numel()) ** 0.5
-        counts = (grad.abs() > ROUNDING * rms) | (grad == 0)
+        counts = (grad.abs() > apart.tolerance(ROUNDING, grad.dtype) * rms) | (grad == 0)
         if size <= apart.NEGLIGIBLE * torch.finfo(grad.dtype).eps * total:
             counts = torch.zeros_like(counts)
         significant[name] = counts & significant[name] if name in significant else counts

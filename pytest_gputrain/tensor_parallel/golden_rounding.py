@@ -12,6 +12,7 @@ import torch
 
 from pytest_gputrain.case import pytree
 from pytest_gputrain.tensor_parallel import golden_difference as apart
+from pytest_gputrain.tensor_parallel.golden_model import parameters_of
 from pytest_gputrain.tensor_parallel.golden_outputs import Answer, ask
 
 if TYPE_CHECKING:
@@ -21,6 +22,35 @@ if TYPE_CHECKING:
 FACTOR = 4.0
 # However ill-conditioned a model is, a difference of this share of the largest output is none of rounding's.
 MOST = {"float64": 1e-8, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+def gradient_rounding(pair: Pair, batch: Any) -> dict[str, float]:
+    """By parameter, the norm of what a short type's rounding does to its gradient.
+
+    Empty for float32 and float64, and where the reference's code does not run in float32. The reference has
+    its gradients already.
+    """
+    kinds = {p.dtype for p in pair.reference.parameters() if p.is_floating_point()}
+    if not kinds & {torch.float16, torch.bfloat16}:
+        return {}
+    with pair.world.alone():
+        try:
+            exact = copy.deepcopy(pair.reference).float()
+            exact.zero_grad(set_to_none=True)
+            ask(pair.case, exact, pytree.map_tensors(_single, batch), pair.seed, gradients=True)
+        except Exception:
+            return {}
+    wanted = {name: p.grad for name, p in parameters_of(exact).items()}
+    got = {name: p.grad for name, p in parameters_of(pair.reference).items()}
+    return {
+        name: apart.norm(got[name].float() - grad.float())
+        for name, grad in wanted.items()
+        if grad is not None and got.get(name) is not None
+    }
+
+
+def _single(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def output_rounding(pair: Pair, batch: Any, label: str) -> float:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from pytest_gputrain.case import TrainingCase
-from pytest_gputrain.tensor_parallel.golden_gradients import Gradients, compare_gradients
+from pytest_gputrain.tensor_parallel.golden_gradients import Gradients, compare_gradients, percent
 from pytest_gputrain.tensor_parallel.golden_model import asking, parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.records import GradientRecord, StepRecord
@@ -23,8 +24,20 @@ from pytest_gputrain.trace.optimizers import OptimizerWatch
 SCALES = (1.0, 1e4)
 
 
-def take(case: TrainingCase, model: nn.Module, batch: Any, seed: int, scale: float = 1.0) -> dict[str, Any]:
-    """One step of the case; returns clones of the gradients as the (first) optimizer got them."""
+def take(
+    case: TrainingCase,
+    model: nn.Module,
+    batch: Any,
+    seed: int,
+    scale: float = 1.0,
+    *,
+    optimizer: Any = None,
+    losses: list[Any] | None = None,
+) -> dict[str, Any]:
+    """One step of the case; returns clones of the gradients as the (first) optimizer got them.
+
+    optimizer: None is a new one of the case's; losses: what the step returned is added to it.
+    """
     parameters = parameters_of(model)
     seen: dict[str, Any] = {}
 
@@ -35,13 +48,15 @@ def take(case: TrainingCase, model: nn.Module, batch: Any, seed: int, scale: flo
 
     trained = [parameter for parameter in parameters.values() if parameter.requires_grad and scale != 1]
     hooks = [parameter.register_hook(lambda grad: grad * scale) for parameter in trained]
-    optimizer = case.optimizer(model)
+    optimizer = case.optimizer(model) if optimizer is None else optimizer
     try:
         with asking(seed), OptimizerWatch(optimizer, before):
-            case.step(model, optimizer, [batch])
+            loss = case.step(model, optimizer, [batch])
     finally:
         for hook in hooks:
             hook.remove()
+    if losses is not None:
+        losses.append(loss.detach() if isinstance(loss, torch.Tensor) else torch.tensor(float("nan")))
     return seen
 
 
@@ -77,7 +92,7 @@ def _problem(pair: Pair, records: list[GradientRecord], scale: float) -> str | N
     why = f" ({first.cause})" if first.cause else ""
     what = f"in the case's step the optimizer gets wrong gradients: {first.problem}{why}"
     if scale > 1:
-        by_rank = ", ".join(f"{100 * one:.2g} % on rank {r}" for r, one in enumerate(first.by_rank))
+        by_rank = ", ".join(f"{percent(one)} on rank {r}" for r, one in enumerate(first.by_rank))
         what = (
             "in the case's step gradients that are large enough to be clipped reach the optimizer wrong: "
             f"{first.name}.grad is off by {by_rank}\n"

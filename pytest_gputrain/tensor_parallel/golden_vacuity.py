@@ -42,11 +42,12 @@ def vacuity(case: TrainingCase, mesh: Any, *, seed: int = SEED) -> list[Finding]
     findings += _ratio(accounting_of(pair))
     findings += unused_shards(pair, batch)
     findings += silent_layers(pair, batch)
-    findings += _replicas(pair, batch)
     findings += random_findings(pair, batch)
+    # From here on weights move: first those of both models, then only the parallel one's.
     if case.has_own_step:
         record = compare_step(pair, batch, CLIPS)
         findings += [Finding("clipping", "", record.problem)] if record and record.problem else []
+    findings += _replicas(pair, batch)
     findings += _after_steps(pair, batch)
     return findings
 

@@ -149,7 +149,7 @@ class BackwardRecord:
     """Every parameter's gradient against the reference's.
 
     first_layer: where gradients depart first, going backward, and ``first_cause`` why, where that is known.
-    not_compared: parameters of the reference whose gradient could not be compared, with the reason.
+    not_compared: trainable parameters of the reference whose gradient could not be compared, with the reason.
     """
 
     world_size: int

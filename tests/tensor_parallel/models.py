@@ -256,3 +256,110 @@ def clipping_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     return value.detach()
+
+
+# --- healthy, and not easy to tell
+
+
+class ScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.chunk(dist.get_world_size(), 1)[dist.get_rank()].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        parts = [torch.empty_like(gradient) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, gradient.contiguous())
+        return torch.cat(parts, 1)
+
+
+class GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.chunk(dist.get_world_size(), 1)[dist.get_rank()].contiguous()
+
+
+class SequenceNorm(nn.LayerNorm):
+    """On each rank's part of the sequence: its weights' gradients are parts of a sum."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        part = super().forward(ScatterSequence.apply(input))  # type: ignore[no-untyped-call]
+        out: Tensor = GatherSequence.apply(part)  # type: ignore[no-untyped-call]
+        return out
+
+
+def sequence_parallel(model: Any, mesh: Any) -> Any:
+    by_hand(model, mesh)
+    for block in model.blocks:
+        block.mlp_norm.__class__ = SequenceNorm
+    return model
+
+
+def summing_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+    """Sums the norms' gradients after backward, as Megatron does."""
+    optimizer.zero_grad()
+    value = loss(model, micro_batches[0])
+    value.backward()
+    for block in model.blocks:
+        for parameter in block.mlp_norm.parameters():
+            dist.all_reduce(parameter.grad)
+    optimizer.step()
+    return value.detach()
+
+
+def renamed(model: Any, mesh: Any) -> Any:
+    """The same shards under other names, and one of them transposed."""
+    by_hand(model, mesh)
+    for block in model.blocks:
+        up = block.mlp.up
+        up.shard = nn.Parameter(up.weight.detach().t().contiguous())
+        del up._parameters["weight"]
+        up.forward = lambda x, up=up: F.linear(Copy.apply(x), up.shard.t(), up.bias)  # type: ignore[no-untyped-call]
+    return model
+
+
+def fused(model: Any, mesh: Any) -> Any:
+    """Query, key and value in one matrix of each rank's parts."""
+    by_hand(model, mesh)
+    for block in model.blocks:
+        attention = block.attention
+        joined = Column(nn.Linear(WIDTH, dist.get_world_size()))
+        for name in ("weight", "bias"):
+            parts = [getattr(getattr(attention, part), name).detach() for part in "qkv"]
+            setattr(joined, name, nn.Parameter(torch.cat(parts)))
+        attention.joined = joined
+        for index, part in enumerate("qkv"):
+            setattr(attention, part, _Third(joined, index))
+    return model
+
+
+class _Third(nn.Module):
+    """One of the three outputs of a layer that is registered elsewhere."""
+
+    def __init__(self, layer: nn.Module, index: int) -> None:
+        super().__init__()
+        self._layer, self._index = [layer], index
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self._layer[0](x).chunk(3, -1)[self._index]
+        return out
+
+
+def in_float64() -> Transformer:
+    return Transformer().double()
+
+
+def in_bfloat16() -> Transformer:
+    return Transformer().bfloat16()
+
+
+def partly_frozen() -> Transformer:
+    model = Transformer()
+    model.embedding.requires_grad_(False)
+    return model
