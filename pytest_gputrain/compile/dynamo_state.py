@@ -24,7 +24,11 @@ def restored() -> Iterator[int]:
     Yields how many functions had been compiled in this process before.
     """
     before = _compiled_functions()
-    with _config_kept(), _environment_kept(), _logging_kept(), _stance_kept(), _callbacks_kept():
+    with contextlib.ExitStack() as stack:
+        for kept in (_config_kept, _environment_kept, _logging_kept, _stance_kept, _callbacks_kept):
+            stack.enter_context(kept())
+        stack.enter_context(_no_thread_of_progress_bars())
+        stack.enter_context(_modules_kept())
         _reset()
         try:
             yield before
@@ -134,6 +138,37 @@ def _callbacks_kept() -> Iterator[None]:
         yield
     finally:
         callback_handler.start_callbacks[:], callback_handler.end_callbacks[:] = before
+
+
+@contextlib.contextmanager
+def _modules_kept() -> Iterator[None]:
+    """The first ``torch.compile`` of a process replaces functions of ``torch.nn.Module``, and marks that."""
+    from torch.nn import Module
+
+    mark = "___needs_generation_tag_patch"
+    marked, before = mark in vars(Module), {name: vars(Module)[name] for name in ("__init__", "__setstate__")}
+    try:
+        yield
+    finally:
+        now = [vars(Module)[name] for name in before]
+        if not marked and all(function.__module__.startswith("torch._dynamo") for function in now):
+            for name, function in before.items():
+                setattr(Module, name, function)
+            delattr(Module, mark)
+
+
+@contextlib.contextmanager
+def _no_thread_of_progress_bars() -> Iterator[None]:
+    """Torch runs a graph under a progress bar, shown or not; tqdm's first one starts a thread for good."""
+    bars: Any = importlib.import_module("torch.hub").tqdm
+    if not hasattr(bars, "monitor_interval"):  # torch's own stand-in, where tqdm is not installed
+        yield
+        return
+    before, bars.monitor_interval = bars.monitor_interval, 0
+    try:
+        yield
+    finally:
+        bars.monitor_interval = before
 
 
 @contextlib.contextmanager

@@ -100,6 +100,22 @@ def test_data_parallel() -> None:
         assert inside.recompiles[0].function.endswith("Model.forward")
 
 
+def compiled_once() -> bool:
+    import torch
+
+    with compile_monitor() as monitor:
+        model = torch.compile(torch.nn.Sequential(torch.nn.Linear(2, 2)), backend="aot_eager")
+        model(torch.ones(1, 2)).sum().backward()
+    return monitor.is_compiled()
+
+
+def test_a_kept_rank_is_as_clean_as_before() -> None:
+    """Compiling alone leaves a thread, and functions of ``torch.nn.Module`` that are others."""
+    for _ in range(2):
+        result = launch(compiled_once, world_size=1, isolation="warm")
+        assert result.values == [True] and result.recycled is None
+
+
 @pytest.mark.slow
 def test_fully_sharded() -> None:
     pytest.importorskip("torch.distributed.fsdp", reason="this torch has no fully_shard")
