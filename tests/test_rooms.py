@@ -23,6 +23,7 @@ TORCH_AT_THE_TOP = (
     "tensor_parallel/golden",
     "tensor_parallel/conv1d",
     "tensor_parallel/data_parallel",
+    "tensor_parallel/dropout",
     "tensor_parallel/finish",
     "tensor_parallel/local",
     "tensor_parallel/sequence",

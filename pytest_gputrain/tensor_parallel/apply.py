@@ -114,9 +114,30 @@ def _shard(model: nn.Module, modules: Any, plan: dict[str, Any], mesh: DeviceMes
         parallelize_module(modules[name], mesh, style)
     for share in shares:
         heads.divide(share.module, share.heads, mesh.size())
+    _own_random_numbers(modules, plan, mesh)
     replicate_rest(model, mesh, {norm for share in shares for norm in share.norms})
     ties.restore(model, tied)
     settle_gradients(model)
+
+
+def _own_random_numbers(modules: dict[str, nn.Module], plan: dict[str, Any], mesh: DeviceMesh) -> None:
+    """Around everything that drops and is divided: from first to last layer, or in attention with divided
+    heads.
+    """
+    from pytest_gputrain.tensor_parallel.dropout import Region, drops, surround
+    from pytest_gputrain.tensor_parallel.sequence import SequenceLayer
+
+    ends = [name for name, style in plan.items() if isinstance(style, SequenceLayer)]
+    if ends:
+        first, last = modules[ends[0]], modules[ends[-1]]
+        if any(drops(modules[name]) for name in roles.layers(modules)):
+            surround(first, last, Region(mesh, 0), within=False)
+        return
+    for number, block in enumerate(roles.blocks(modules)):
+        divided = block.kind != "mlp" and sharded_heads(block, modules, plan) is not None
+        if divided and drops(modules[block.owner]):
+            columns, row = modules[block.columns[0]], modules[block.row]
+            surround(columns, row, Region(mesh, number), within=True)
 
 
 def _over_data(model: nn.Module, layers: list[str], mesh: DeviceMesh, how: str) -> None:
