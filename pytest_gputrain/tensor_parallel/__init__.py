@@ -9,19 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytest_gputrain.tensor_parallel.apply import apply, parallelize
+    from pytest_gputrain.tensor_parallel.apply import parallelize
     from pytest_gputrain.tensor_parallel.plan import tp_plan_for
     from pytest_gputrain.tensor_parallel.validate import validate_mesh, validate_plan
 
 _LAZY = {
-    "apply": "apply",
     "parallelize": "apply",
     "tp_plan_for": "plan",
     "validate_mesh": "validate",
     "validate_plan": "validate",
 }
 
-__all__ = ["apply", "parallelize", "tp_plan_for", "validate_mesh", "validate_plan"]
+__all__ = ["parallelize", "tp_plan_for", "validate_mesh", "validate_plan"]
 
 
 def __getattr__(name: str) -> Any:

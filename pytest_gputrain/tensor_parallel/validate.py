@@ -33,7 +33,8 @@ def validate_plan(model: nn.Module, plan: Mapping[str, Any], world_size: int) ->
     """Raises ValueError, one line, for the first entry of the plan that cannot be carried out on so many
     ranks.
 
-    world_size: ranks of the tensor-parallel dimension. Keys may have torch's wildcards (``layers.*.fc1``).
+    world_size: ranks of the tensor-parallel dimension. Styles may have transformers' names ("colwise"). Keys
+    may have torch's wildcards (``layers.*.fc1``).
     """
     modules = dict(model.named_modules())
     resolved = resolve(modules, plan)
@@ -62,8 +63,32 @@ def resolve(modules: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, An
         found = list(_matching(modules, pattern))
         if not found:
             raise ValueError(_not_there(modules, pattern))
-        resolved.update(dict.fromkeys(found, style))
+        resolved.update(dict.fromkeys(found, _by_name(pattern, style) if isinstance(style, str) else style))
     return resolved
+
+
+def _by_name(pattern: str, name: str) -> Any:
+    """The style that transformers' own plans (``model.tp_plan``) give by this name."""
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    from pytest_gputrain.tensor_parallel.styles import Replicated
+
+    legal = {
+        "colwise": ColwiseParallel(),
+        "colwise_gather_output": ColwiseParallel(output_layouts=Replicate()),
+        "rowwise": RowwiseParallel(),
+        "embedding_rowwise": RowwiseParallel(input_layouts=Replicate()),
+        "rowwise_split_input": RowwiseParallel(input_layouts=Replicate()),
+        "replicated_with_grad_allreduce": Replicated(summed=True),
+    }
+    if name not in legal:
+        raise ValueError(
+            f"the plan gives {pattern!r} the style {name!r}; legal by name are {', '.join(legal)}, others "
+            f"as a "
+            "ParallelStyle"
+        )
+    return legal[name]
 
 
 def _matching(modules: Mapping[str, Any], pattern: str) -> Iterator[str]:

@@ -88,6 +88,28 @@ def test_variants_of_a_family_are_as_one_process() -> None:
     judge([(VARIANTS, {}, "even"), (("mistral", "qwen2"), SEQUENCE, "odd")], 2)
 
 
+def own_plan(model: Any, mesh: Any) -> Any:
+    from pytest_gputrain import TrainingCase
+    from pytest_gputrain.tensor_parallel.apply import apply
+
+    # The mapping of a case, as transformers gives it.
+    case = TrainingCase(
+        name="own", model=families.qwen3, batch=max, loss=max, parallelize=dict(model.tp_plan)
+    )
+    return apply(case, model, mesh)
+
+
+def test_the_plan_of_transformers_itself() -> None:
+    def errors() -> dict[str, float]:
+        from tests.tensor_parallel import golden
+
+        return golden.errors(families.qwen3, own_plan)
+
+    for found in launch(errors, world_size=2).values:
+        assert len(found) > 10
+        assert max(found.values()) <= ROUNDED
+
+
 def judge(trials: list[Trial], world_size: int) -> None:
     for of_a_rank in launch(all_errors, trials, world_size=world_size).values:
         assert len(of_a_rank) == sum(len(names) for names, _, _ in trials)

@@ -84,9 +84,15 @@ COLUMN, ROW = ColwiseParallel(), RowwiseParallel()
         ({3: COLUMN}, "the plan has the key 3; legal is a module's name as text"),
         ({}, "the tensor-parallel plan is empty; give module name -> style, or use tp_plan_for(model)"),
         (
-            {"lm_head": "colwise"},
-            "the plan gives 'lm_head' 'colwise' (str); legal is a ParallelStyle of torch, as "
-            "ColwiseParallel()",
+            {"lm_head": 5},
+            "the plan gives 'lm_head' 5 (int); legal is a ParallelStyle of torch, as ColwiseParallel()",
+        ),
+        (
+            {"lm_head": "columnwise"},
+            "the plan gives 'lm_head' the style 'columnwise'; legal by name are colwise, "
+            "colwise_gather_output, "
+            "rowwise, embedding_rowwise, rowwise_split_input, replicated_with_grad_allreduce, others as a "
+            "ParallelStyle",
         ),
         (
             {"model.decoder.layers.0.final_layer_norm": COLUMN},
