@@ -32,15 +32,28 @@ def growth(units: list[Unit], report: CompileReport) -> list[Growth]:
     """In the order in which it came."""
     found, seen = [], set[str]()
     for unit in units:
-        begin, end = unit.graphs
         first = unit.index < WARM_UP if unit.phase == TRAIN else unit.index == 0 and unit.phase not in seen
         seen.add(unit.phase)
-        bad = tuple(report.graphs[i] for i in range(begin, end) if not generalises(report.graphs, i))
-        if bad and not first:
+        if not first and (bad := _for_one_case(unit, report)):
             functions = {graph.function for graph in bad}
             why = tuple(r for r in report.recompiles if r.step == unit.number and r.function in functions)
             found.append(Growth(unit, bad, why))
     return found
+
+
+def _for_one_case(unit: Unit, report: CompileReport) -> tuple[Graph, ...]:
+    """The graphs of this unit that are of use for one case only."""
+    excused = {recompile.compile_id for recompile in report.recompiles if _of_size_one(recompile)}
+    return tuple(
+        report.graphs[index]
+        for index in range(*unit.graphs)
+        if not generalises(report.graphs, index) and report.graphs[index].compile_id not in excused
+    )
+
+
+def _of_size_one(recompile: Recompile) -> bool:
+    """A dynamic size that is 0 or 1 gets a graph of its own in every torch: one more, by whoever's choice."""
+    return "0/1 specialization" in recompile.reason
 
 
 def generalises(graphs: tuple[Graph, ...], index: int) -> bool:

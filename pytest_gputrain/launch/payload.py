@@ -8,6 +8,7 @@ modules of the installed world travel by name.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import pickle
 import sys
@@ -58,8 +59,19 @@ def unpack_value(data: bytes) -> Any:
     return pickle.loads(data) if data else None
 
 
-class _ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
-    """cloudpickle, so that classes of a test module come back as themselves, with tensors moved to CPU."""
+class _CallPickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
+    """cloudpickle, and modules that have made themselves of another class, as ``torch._dynamo.config``."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, ModuleType) and type(obj) is not ModuleType:
+            name = obj.__name__
+            if sys.modules.get(name) is obj:
+                return importlib.import_module, (name,)
+        return super().reducer_override(obj)
+
+
+class _ValuePickler(_CallPickler):
+    """The same, so that classes of a test module come back as themselves, with tensors moved to CPU."""
 
     def reducer_override(self, obj: Any) -> Any:
         torch = sys.modules.get("torch")
@@ -70,8 +82,9 @@ class _ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle h
 
 
 def _dumps(value: object) -> bytes:
-    data: bytes = cloudpickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
-    return data
+    buffer = io.BytesIO()
+    _CallPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
 
 
 _seen: tuple[int, str, list[ModuleType]] = (0, "", [])

@@ -126,6 +126,15 @@ def test_a_temporary_folder_is_where_tmpdir_says_or_in_memory(
     assert made.parent == Path("/tmp")
 
 
+def test_a_module_of_another_class_travels_by_name() -> None:
+    """``torch._dynamo.config`` is one, and a function that sets something there names it."""
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    target, _, _ = payload.unpack_call(payload.pack_call(lambda: config, [], {}))
+    assert target() is config
+
+
 def test_a_call_travels() -> None:
     captured = [1, 2]
     target, args, kwargs = payload.unpack_call(
