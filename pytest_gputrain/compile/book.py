@@ -70,12 +70,17 @@ class Book:
         if text not in self.notes:
             self.notes.append(text)
 
-    def skipped(self, compile_id: str) -> None:
-        """The function whose break was told last stays uncompiled as a whole."""
+    def skipped(self, compile_id: str, location: str | None = None) -> bool:
+        """The function whose break (at ``location``) was told last stays uncompiled as a whole.
+
+        False where none was told.
+        """
         for index in reversed(range(len(self.breaks))):
-            if self.breaks[index].compile_id == compile_id:
-                self.breaks[index] = replace(self.breaks[index], skipped=True)
-                return
+            found = self.breaks[index]
+            if found.compile_id == compile_id and location in (None, found.location):
+                self.breaks[index] = replace(found, skipped=True)
+                return True
+        return False
 
     def raised(self, error: BaseException, record: BackendError) -> None:
         """A compilation failed and raises; who catches it decides what that is.

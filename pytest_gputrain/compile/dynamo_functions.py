@@ -147,7 +147,7 @@ class Functions:
             self._book.swallowed(replace(record, message=attempt.backend_failed))
         elif getattr(error, "logged", False):
             self._book.skipped(attempt.compile_id)
-        else:
+        elif not self._book.skipped(attempt.compile_id, record.location):  # torch 2.6 marks none as logged
             self._book.add_break(
                 GraphBreak(
                     compile_id=attempt.compile_id,
