@@ -4,9 +4,9 @@
 
 One process, backend aot_eager. A monitor watches what is compiled within its block, so each side compiles
 anew in each round: without, with, and without again, in an order that turns. Warm-up and compiling are left
-out; the cost is the median over rounds of a side's median step over that round's without. What "again" costs
-is noise. A step of this model is short, which is the hard case: what the monitor does in a step is the same
-for any.
+out; the cost is the median over rounds of a side's median step over that round's without, in processor time,
+which other programs disturb least. What "again" costs is noise. A step of this model is short, which is the
+hard case: what the monitor does in a step is the same for any.
 
 Claim: under 1 % of step time.
 """
@@ -31,7 +31,7 @@ SIDES = (OFF, ON, AGAIN)
 
 
 def measure(rounds: int, steps: int) -> dict[str, list[float]]:
-    """In a rank: by side, the median step of each round in seconds."""
+    """In a rank: by side, the median step of each round in seconds of processor."""
     found: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(-1, rounds):  # the first round warms up
         shift = number % len(SIDES)  # so that no side always follows the same one
@@ -43,7 +43,7 @@ def measure(rounds: int, steps: int) -> dict[str, list[float]]:
 
 
 def train(monitored: bool, steps: int) -> list[float]:
-    """Seconds of each step of a fresh compiled model."""
+    """Seconds of processor for each step of a fresh compiled model."""
     import time
 
     import torch
@@ -62,11 +62,11 @@ def train(monitored: bool, steps: int) -> list[float]:
     with watching as monitor:
         compiled = torch.compile(model, backend="aot_eager", dynamic=False)
         for step in range(WARM_UP + steps):
-            start = time.perf_counter()
+            start = time.process_time()
             if monitor is not None:
                 monitor.step(step)
             case.step(compiled, optimizer, [batch])
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.process_time() - start)
         if monitor is not None:
             assert monitor.is_compiled(), str(monitor)
     return seconds[WARM_UP:]
