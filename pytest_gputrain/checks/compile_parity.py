@@ -127,17 +127,19 @@ def _by_chance(ctx: CheckContext, baseline: Baseline, side: Side, batch: Any, no
 
 def _nothing_compiled(monitor: CompileMonitor) -> tuple[str, Figures]:
     report = monitor.report()
-    why = ""
+    why = (
+        "likely: compile() returns the model as it is, a decorator disables it, or the step calls the model "
+        "that "
+        "was there before"
+    )
     if report.suppressed:
-        why = f"\n  {report.suppressed[0].message}   at {report.suppressed[0].location}"
+        why = f"{report.suppressed[0].message}   at {report.suppressed[0].location}"
     elif report.breaks:
-        why = f"\n  {report.breaks[0].reason}   at {report.breaks[0].location}"
+        why = f"{report.breaks[0].reason}   at {report.breaks[0].location}"
     return (
         "nothing compiled: no compiled graph ran in the steps of the model that compile() returned, so it "
         "would "
-        f"be eager against eager{why}\n  likely: compile() returns the model as it is, a decorator disables "
-        "it, or "
-        "the step calls the model that was there before",
+        f"be eager against eager\n  {why}",
         {"graphs": len(report.graphs)},
     )
 
