@@ -35,8 +35,8 @@ def accounting_of(pair: Pair, measured: tuple[int, ...] = ()) -> Accounting:
     """The accounts of a pair that was parallelized; collective."""
     records = pair.weights.records
     parameters = [_share(pair, record) for record in records]
-    whole = _sum("the model", parameters, pair.world.size)
-    cut = _sum("sharded parameters", [one for one in parameters if one.kind != "replicated"], pair.world.size)
+    whole = _sum("the model", parameters, pair)
+    cut = _sum("sharded parameters", [one for one in parameters if one.kind != "replicated"], pair)
     sizes = {name: parameter.element_size() for name, parameter in parameters_of(pair.reference).items()}
     held = _parameter_bytes(pair)
     needed = [
@@ -53,7 +53,7 @@ def accounting_of(pair: Pair, measured: tuple[int, ...] = ()) -> Accounting:
         world_size=pair.world.size,
         whole=whole,
         sharded=cut,
-        layers=tuple(_by_layer(parameters, pair.world.size)),
+        layers=tuple(_by_layer(parameters, pair)),
         parameters=tuple(parameters),
         total_bytes=total_bytes,
         parameter_bytes=held,
@@ -79,12 +79,12 @@ def _share(pair: Pair, record: WeightRecord) -> Share:
             mine = sum(s.length for s in held.layout.segments if s.source == record.name)
             count += have * mine // max(1, held.layout.matched)
         local.append(count)
-    return Share(record.name, total, tuple(local), record.kind)
+    return Share(record.name, total, tuple(local), record.kind, pair.weights.copies)
 
 
-def _sum(name: str, shares: Sequence[Share], size: int) -> Share:
-    local = tuple(sum(share.local[rank] for share in shares) for rank in range(size))
-    return Share(name, sum(share.total for share in shares), local)
+def _sum(name: str, shares: Sequence[Share], pair: Pair) -> Share:
+    local = tuple(sum(share.local[rank] for share in shares) for rank in range(pair.world.size))
+    return Share(name, sum(share.total for share in shares), local, copies=pair.weights.copies)
 
 
 def layer_of(name: str) -> str:
@@ -96,11 +96,11 @@ def layer_of(name: str) -> str:
     return ".".join(parts[:-1]) or name
 
 
-def _by_layer(shares: Iterable[Share], size: int) -> list[Share]:
+def _by_layer(shares: Iterable[Share], pair: Pair) -> list[Share]:
     layers: dict[str, list[Share]] = {}
     for share in shares:
         layers.setdefault(layer_of(share.name), []).append(share)
-    return [_sum(layer, members, size) for layer, members in layers.items()]
+    return [_sum(layer, members, pair) for layer, members in layers.items()]
 
 
 def _parameter_bytes(pair: Pair) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ def assemble(tensor: Any, wanted: Shape, world: World, mesh: Any) -> Assembled:
     parts = world.merged({rank: piece.cpu() for rank, piece in pieces.items()})
     joined = {}
     for rank, piece in pieces.items():
-        group = next((g for g in _groups(mesh, rank) if _fits(shapes, g, wanted, dim)), None)
+        group = next((g for g in groups(mesh, rank) if _fits(shapes, g, wanted, dim)), None)
         if group is not None:
             piece = torch.cat([parts[other] for other in group], dim).to(piece.device)
         joined[rank] = _cut(piece, wanted)
@@ -52,7 +52,7 @@ def _joined_dim(shapes: list[Shape], wanted: Shape) -> int | None:
     return dims.pop() if len(dims) == 1 else None
 
 
-def _groups(mesh: Any, rank: int) -> list[list[int]]:
+def groups(mesh: Any, rank: int) -> list[list[int]]:
     """The ranks along each dimension of the mesh on which this one is, the longest row last."""
     layout = mesh.mesh
     places = (layout == rank).nonzero()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pytest_gputrain.tensor_parallel import golden_difference as apart
+from pytest_gputrain.tensor_parallel.golden_gather import groups
 from pytest_gputrain.tensor_parallel.golden_gradients import parts
 from pytest_gputrain.tensor_parallel.golden_model import parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
@@ -96,7 +97,7 @@ def _matters(
     *,
     anywhere: bool = False,
 ) -> bool:
-    """Whether a change of that rank's shards changes every rank's outputs (``anywhere``: any rank's)."""
+    """Whether a change of that rank's shards changes the outputs of all its group (``anywhere``: of any)."""
     holders = [holder for name in names for holder in pair.weights.holders(name)]
     parameters = parameters_of(pair.parallel)
     kept = []
@@ -118,4 +119,7 @@ def _matters(
         for r in before
     }
     by_rank = pair.world.merged(changed)
-    return any(by_rank) if anywhere else all(by_rank)
+    if anywhere:
+        return any(by_rank)
+    # Beside data parallelism it is the ranks along one dimension of the mesh that work together.
+    return any(all(by_rank[r] for r in group) for group in groups(pair.mesh, rank) if len(group) > 1)

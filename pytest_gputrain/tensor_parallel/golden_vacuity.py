@@ -54,7 +54,7 @@ def vacuity(case: TrainingCase, mesh: Any, *, seed: int = SEED) -> list[Finding]
 
 def _ratio(accounts: Accounting) -> list[Finding]:
     """Of what is sharded, each rank has about 1/N; judged by the whole, since single ones may be uneven."""
-    cut, size = accounts.sharded, accounts.world_size
+    cut, size = accounts.sharded, accounts.world_size // accounts.sharded.copies
     if not cut.total:
         return [Finding("not_parallel", "", accounts.problem or "nothing is sharded")]
     ratios = [local / cut.total for local in cut.local]

@@ -31,6 +31,7 @@ class Held:
     sharded: bool = False
     is_dtensor: bool = False
     trainable: bool = True
+    place: tuple[tuple[str, int], ...] = ()  # of a DTensor: where the rank is on the mesh's cut dimensions
 
 
 @dataclass
@@ -58,6 +59,13 @@ class Weights:
         """Whether every rank has the same part of the reference, the whole of it, in that parameter."""
         held = self.held[name]
         return not any(one.sharded or one.layout is None or one.layout != held[0].layout for one in held)
+
+    @property
+    def copies(self) -> int:
+        """How many ranks hold the same parts as each other: data parallel replicas. 1 where all do."""
+        size = len(next(iter(self.held.values())))
+        kinds = {tuple((held[r].place, held[r].layout) for held in self.held.values()) for r in range(size)}
+        return 1 if len(kinds) == 1 or size % len(kinds) else size // len(kinds)
 
     @property
     def problem(self) -> str | None:
@@ -138,8 +146,20 @@ def _held(parameter: Any, sources: Mapping[str, torch.Tensor], world: World) -> 
             sharded=_is_sharded(parameter),
             is_dtensor=is_dtensor(parameter),
             trainable=bool(parameter.requires_grad),
+            place=_place(parameter, rank),
         )
     return world.merged(own)
+
+
+def _place(parameter: Any, rank: int) -> tuple[tuple[str, int], ...]:
+    if not is_dtensor(parameter):
+        return ()
+    mesh = parameter.device_mesh
+    names = mesh.mesh_dim_names or tuple(map(str, range(mesh.ndim)))
+    at = (mesh.mesh == rank).nonzero()
+    where = at[0].tolist() if len(at) else [0] * mesh.ndim
+    cut = [index for index, placement in enumerate(parameter.placements) if placement.is_shard()]
+    return tuple((names[index], where[index]) for index in cut)
 
 
 def _is_sharded(parameter: Any) -> bool:

@@ -243,17 +243,21 @@ class OptimizerRecord:
 
 @dataclass(frozen=True)
 class Share:
-    """How much of a parameter or of a layer each rank holds. total, local: elements, local by rank."""
+    """How much of a parameter or of a layer each rank holds. total, local: elements, local by rank.
+
+    copies: how many ranks hold the same as each other in all, which data parallelism asks for.
+    """
 
     name: str
     total: int
     local: tuple[int, ...]
     kind: str = ""
+    copies: int = 1
 
     @property
     def overhead(self) -> float:
-        """(held by all ranks - total) / total: 0 where each element is on one rank."""
-        return (sum(self.local) - self.total) / self.total if self.total else 0.0
+        """(held by the ranks of one copy - total) / total: 0 where each element is on one rank."""
+        return (sum(self.local) / self.copies - self.total) / self.total if self.total else 0.0
 
     @property
     def imbalance(self) -> float:
