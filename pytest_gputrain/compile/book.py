@@ -36,11 +36,11 @@ class Book:
         self._seconds: dict[Moment, float] = {}
         self._lock = threading.Lock()
 
-    def turn(self, moment: Moment) -> None:
-        """What follows belongs to this moment."""
+    def turn(self, moment: Moment, *, expected: bool) -> None:
+        """What follows belongs to this moment. expected: it is one even if no graph runs in it."""
         with self._lock:
             self.moment = moment
-            if moment.step is not None:
+            if expected:
                 self._runs.setdefault(moment, 0)
 
     def ran(self) -> None:

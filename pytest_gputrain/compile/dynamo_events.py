@@ -76,6 +76,20 @@ class Events:
 
         return watched
 
+    def skipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Around ``add_skip_reason(reason, frame)``: a function that dynamo passes over, now and for good."""
+
+        def watched(reason: str, frame: Any, *args: Any, **kwargs: Any) -> Any:
+            with self._going_on.reading():
+                if "dispatch mode" in reason:  # of a counter of operations or memory, around one step
+                    name, place = reading.function_of(frame.f_code), reading.location_of(frame.f_code)
+                    self._book.note(
+                        f"{name} stays uncompiled, it was called under a dispatch mode   at {place}"
+                    )
+            return original(reason, frame, *args, **kwargs)
+
+        return watched
+
     @contextlib.contextmanager
     def switches(self) -> Iterator[None]:
         """What is off for the whole process is noted, and what inductor leaves out."""
@@ -86,7 +100,8 @@ class Events:
         finally:
             self._note_disabled()
             if (skipped := _cudagraph_skips() - skips) > 0:
-                self._book.note(f"inductor left CUDA graphs out {skipped} times")
+                times = f"{skipped} times" if skipped > 1 else "once"
+                self._book.note(f"inductor left CUDA graphs out {times}")
 
     def _note_disabled(self) -> None:
         for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE"):

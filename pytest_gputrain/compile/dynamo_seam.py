@@ -46,6 +46,7 @@ def watched(book: Book) -> Iterator[None]:
             (convert_frame, limits, functions.judging_limit, "whether the recompile limit is hit"),
             (torch._logging, ("trace_structured",), events.tracing, "recompiles and graph breaks"),
             (decorators, ("_set_stance",), events.taking_stance, "which stance is set"),
+            (convert_frame, ("add_skip_reason",), events.skipping, ""),  # not in an older torch
             # Imports inductor, with warnings, when torch.compile is called for it.
             (inductor, ("get_compiler_config",), quietly, ""),
         ):

@@ -63,11 +63,12 @@ class CompileMonitor:
 
     def step(self, number: int, phase: str | None = None) -> None:
         """What follows belongs to step ``number`` (of ``phase``, where given)."""
-        self._book.turn(Moment(self._book.moment.phase if phase is None else phase, number))
+        moment = Moment(self._book.moment.phase if phase is None else phase, number)
+        self._book.turn(moment, expected=True)
 
     def phase(self, name: str) -> None:
         """What follows belongs to phase ``name``, such as "eval", at the same step."""
-        self._book.turn(Moment(name, self._book.moment.step))
+        self._book.turn(Moment(name, self._book.moment.step), expected=False)
 
     @property
     def graphs(self) -> list[Graph]:

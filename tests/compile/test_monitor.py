@@ -242,6 +242,37 @@ def test_an_evaluation_in_eager_leaves_training_compiled() -> None:
     assert monitor.is_compiled()
 
 
+def test_a_phase_alone_is_no_step() -> None:
+    compiled = torch.compile(Model(), backend="eager")
+    with compile_monitor() as monitor:
+        monitor.step(0, "eval")
+        compiled(torch.ones(2, 4))
+        monitor.phase("train")
+        for step in (1, 2):
+            monitor.step(step)
+            compiled(torch.ones(2, 4))
+    assert monitor.is_compiled() and monitor.report().eager_steps() == []
+
+
+def test_a_step_under_a_dispatch_mode_leaves_the_rest_uncompiled() -> None:
+    """As a counter of operations or of memory around the first step does."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    compiled = torch.compile(Model(), backend="eager")
+    with compile_monitor() as monitor:
+        with Mode():  # type: ignore[no-untyped-call]
+            compiled(torch.ones(2, 4))
+        compiled(torch.ones(2, 4))
+    assert not monitor.is_compiled()
+    (note,) = monitor.report().notes
+    place = line(Model, "def forward")
+    assert note == f"Model.forward stays uncompiled, it was called under a dispatch mode   at {place}"
+
+
 def test_what_was_compiled_before_is_compiled_again_and_seen() -> None:
     compiled = torch.compile(Model(), backend="eager")
     compiled(torch.ones(2, 4))
