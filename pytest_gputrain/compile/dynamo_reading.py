@@ -190,7 +190,16 @@ def facts_of(graph: Any, backend: Any) -> dict[str, Any]:
         "ops": operations(graph),
         "backend": backend_name(backend),
         "dynamic_dims": dynamic_inputs(graph),
+        "parameters": num_parameters(graph),
     }
+
+
+def num_parameters(graph: Any) -> int:
+    """How many parameters the graph takes as inputs, or has within, as in torches that inline no modules."""
+    owner = getattr(graph, "owning_module", None)
+    values = [node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder"]
+    inputs = sum(isinstance(value, torch.nn.Parameter) for value in values)
+    return inputs + (sum(1 for _ in owner.parameters()) if isinstance(owner, torch.nn.Module) else 0)
 
 
 def dynamic_inputs(graph: Any) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ class Graph:
     seconds: of capturing and compiling it, the backward too where it is compiled along.
     ops: operations in the captured graph. dynamic_dims: such as ``L['x'].size()[0]``, a size or a number that
     is no constant of the graph.
+    parameters: how many of its inputs are parameters; 0 is a graph of a loss, say, and of no model.
     buckets: into how many graphs DDPOptimizer has split it, 1 without.
     cached: whether the backend took it from a cache (inductor's FX graph cache, AOTAutograd's).
     """
@@ -43,6 +44,7 @@ class Graph:
     ops: int
     backend: str
     dynamic_dims: tuple[str, ...] = ()
+    parameters: int = 0
     buckets: int = 1
     cached: bool = False
 

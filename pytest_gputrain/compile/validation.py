@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.compile.batch_tokens import BatchTokens, tokens_of
 from pytest_gputrain.compile.step_times import WARMUP, StepTimes
-from pytest_gputrain.compile.verdict_lines import WRONG, VerdictLines
+from pytest_gputrain.compile.verdict_lines import BETWEEN, TRAIN, WRONG, VerdictLines
 from pytest_gputrain.values import LEGAL_FLAG, parse_flag
 
 if TYPE_CHECKING:
@@ -101,11 +101,11 @@ class Validation:
             return
         number = len(self._times.steps)
         tokens = tokens_of(batch, self._num_targets)  # before the clock starts: it waits for the device
-        self._monitor.step(number, "train")
+        self._monitor.step(number, TRAIN)
         started = _clock()
         yield
         seconds = _clock() - started
-        self._monitor.phase("between steps")
+        self._monitor.phase(BETWEEN)
         self._times.add(seconds, tokens)
         self._tell(*self._verdict.after_step(number))
         self._tell_shape(number, tokens)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_gputrain.compile.monitor import CompileMonitor
-    from pytest_gputrain.compile.records import CompileReport
+    from pytest_gputrain.compile.records import CompileReport, Recompile
 
+TRAIN, BETWEEN = "train", "between steps"
 RIGHT, WRONG = "✓", "✗"
 _LAST_LOOK = 20  # steps: a loop that has compiled nothing by then is judged again at its end only
 _MOST_NAMES = 3  # of compiled functions
@@ -26,12 +27,12 @@ class VerdictLines:
 
     def after_step(self, number: int) -> list[str]:
         """What step ``number`` has to say."""
-        return [*self._verdict(number), *self._recompiled(number), *self._given_up()]
+        return [*self._verdict(number), *self._recompiled(), *self._given_up()]
 
     def at_the_end(self, warmup: int) -> list[str]:
         """What the whole run has to say. warmup: steps that are in no average."""
         report = self._monitor.report()
-        lines = []
+        lines = self._recompiled()  # what evaluation has compiled since the last step
         if self._first is None and self._told_why is None:
             lines.append(_not_compiled(_why(report)))
         if self._first is not None and (eager := report.eager_steps(after_step=self._first)):
@@ -56,23 +57,20 @@ class VerdictLines:
         if self._first is not None or number > _LAST_LOOK:
             return []
         report = self._monitor.report()
-        if report.graph_runs_by_step.get(number) and not report.suppressed:
+        ran = report.graph_runs_by_step.get(number) and not report.suppressed
+        if ran and any(graph.parameters for graph in report.graphs):
             self._first = number
             return [f"{RIGHT} Model is compiled"]
-        why = _why(report)
+        why = f"only {_names(report)} was, which takes no parameter of it" if ran else _why(report)
         lines = [] if why == self._told_why else [_not_compiled(why)]
         self._told_why = why
         return lines
 
-    def _recompiled(self, number: int) -> list[str]:
+    def _recompiled(self) -> list[str]:
         new = self._monitor.recompiles[self._num_recompiles :]
         told = new[: max(0, _MOST_RECOMPILES - self._num_recompiles)]
         self._num_recompiles += len(new)
-        return [
-            f"{WRONG} Step {number if found.step is None else found.step} | Recompiled {found.function} "
-            f"({found.location}): {found.reason}"
-            for found in told
-        ]
+        return [_recompile(found) for found in told]
 
     def _given_up(self) -> list[str]:
         if self._gave_up or not (hits := self._monitor.limit_hits):
@@ -89,13 +87,25 @@ def _not_compiled(why: str) -> str:
     return f"{WRONG} Model is not compiled: {why}"
 
 
-def _counts(report: CompileReport, warmup: int) -> str:
+def _recompile(found: Recompile) -> str:
+    """Wrong in a later step of training: the first compiles all, and evaluation may have its own graph."""
+    text = f"Recompiled {found.function} ({found.location}): {found.reason}"
+    if found.phase != TRAIN:
+        return f"After step {found.step} | {text}"
+    return f"{WRONG + ' ' if found.step else ''}Step {found.step} | {text}"
+
+
+def _names(report: CompileReport) -> str:
     names = list(dict.fromkeys(graph.function for graph in report.graphs))
-    of = f" ({', '.join(names[:_MOST_NAMES])}{', …' if len(names) > _MOST_NAMES else ''})" if names else ""
+    return ", ".join(names[:_MOST_NAMES]) + (", …" if len(names) > _MOST_NAMES else "")
+
+
+def _counts(report: CompileReport, warmup: int) -> str:
+    of = f" ({_names(report)})" if report.graphs else ""
     late = sum(
         figures.compile_seconds
         for figures in report.steps
-        if figures.phase == "train" and figures.step is not None and figures.step >= warmup
+        if figures.phase == TRAIN and figures.step is not None and figures.step >= warmup
     )
     return (
         f"Graphs: {len(report.graphs)}{of} | Recompiles: {len(report.recompiles)} | "
