@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_gputrain.tensor_parallel import heads, roles
 from pytest_gputrain.tensor_parallel.plan import tp_plan_for
-from pytest_gputrain.tensor_parallel.validate import resolve, sharded_heads, validate_plan
+from pytest_gputrain.tensor_parallel.resolve import resolve
+from pytest_gputrain.tensor_parallel.validate import sharded_heads, validate_plan
 
 if TYPE_CHECKING:
     from torch import nn
