@@ -29,7 +29,8 @@ class CheckContext:
     meter: what a loop measures its speed with, for ``compile_speed`` to judge (``checks.compile_meter`` says
     how it is called); None measures the case alone. compile_report: folder for what the compile checks saw,
     absolute. compile_backend: what the compile checks put in inductor's place; None is "aot_eager" on cpu,
-    and on cuda what the case compiles with. Raises ValueError for a value that is not legal.
+    and on cuda what the case compiles with. simulated: tensor-parallel checks simulate their ranks in one
+    process, and those that cannot are skipped. Raises ValueError for a value that is not legal.
     """
 
     device: str = "cpu"
@@ -42,6 +43,7 @@ class CheckContext:
     meter: Any = None
     compile_report: str | None = None
     compile_backend: str | None = None
+    simulated: bool = False
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:

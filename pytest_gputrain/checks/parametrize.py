@@ -48,6 +48,11 @@ class BoundCheck:
     ctx: CheckContext
 
     def __call__(self, case: TrainingCase | None = None, *, launcher: Any = None) -> CheckResult:
+        __tracebackhide__ = True
+        return self.told(self.result(case, launcher=launcher))
+
+    def result(self, case: TrainingCase | None = None, *, launcher: Any = None) -> CheckResult:
+        """What the check came to, whatever that is. Fails the test where the case cannot be used at all."""
         import pytest
 
         __tracebackhide__ = True
@@ -60,6 +65,14 @@ class BoundCheck:
             pytest.fail(str(error), pytrace=False)
         result = get_check(self.id).function(chosen, ctx)
         write_compile_report(ctx)
+        return result
+
+    @staticmethod
+    def told(result: CheckResult) -> CheckResult:
+        """The result of a check that passed; skips or fails the test otherwise."""
+        import pytest
+
+        __tracebackhide__ = True
         if result.outcome == "skipped":
             pytest.skip(result.message)
         if result.outcome == "failed":

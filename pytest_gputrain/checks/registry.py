@@ -41,6 +41,11 @@ _HOMES = {
     "compile_checkpoint_keys": "compile_keys",
     "batch_shapes_constant": "batch_shapes",
     "compile_speed": "compile_speed",
+    "tp_forward": "tp_forward",
+    "tp_backward": "tp_backward",
+    "tp_optimizers": "tp_optimizers",
+    "tp_memory": "tp_memory",
+    "tp_training": "tp_training",
 }
 
 

@@ -13,6 +13,9 @@ from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.preflight import preflight
 from pytest_gputrain.checks.registry import chosen_ids, get_check
 from pytest_gputrain.checks.result import CheckResult
+from pytest_gputrain.checks.tp_plan import refuse_plan
+
+TENSOR_PARALLEL = "tp_"
 
 OnResult = Callable[[CheckResult], None]
 
@@ -34,18 +37,20 @@ def run_checks(
     meter: Any = None,
     compile_report: str | Path | None = None,
     compile_backend: str | None = None,
+    simulated: bool = False,
 ) -> list[CheckResult]:
     """One result a check, in the order asked for (default: all, in their own order).
 
     timeout: seconds one launch may take; on_result: called as each result comes; launcher: starts the ranks,
     default the package's own; finder: looks for a batch size, default ``find_batch``; meter: a loop's own
     measurement of speed, which ``compile_speed`` then judges; compile_report: a folder for tables and
-    pictures of eager against compiled; compile_backend: in inductor's place, default "aot_eager" on cpu. A
-    check in ``case.expected_failures`` that fails is ``skipped``, with the reason; one that passes is
-    ``failed``. Once ``ddp_completes`` failed with a hang, ``ddp_parity`` and ``ddp_data_differs`` are
-    ``skipped``. Raises ValueError (CaseError) with one line for an unknown check or backend, or a case whose
-    model cannot be built or whose batch cannot be drawn, and LaunchUsageError (a ValueError) for what no
-    launch can be asked.
+    pictures of eager against compiled; compile_backend: in inductor's place, default "aot_eager" on cpu;
+    simulated: the ranks of tensor-parallel checks are simulated in one process, and only these checks run
+    unless others are named. A check in ``case.expected_failures`` that fails is ``skipped``, with the reason;
+    one that passes is ``failed``. Once ``ddp_completes`` failed with a hang, ``ddp_parity`` and
+    ``ddp_data_differs`` are ``skipped``. Raises ValueError (CaseError) with one line for an unknown check or
+    backend, a case whose model cannot be built or whose batch cannot be drawn, or, where ``tp_*`` checks are
+    named, a plan that does not fit; LaunchUsageError (a ValueError) for what no launch can be asked.
     """
     if not isinstance(case, TrainingCase):
         raise ValueError(
@@ -61,8 +66,13 @@ def run_checks(
         meter=meter,
         compile_report=None if compile_report is None else str(Path(compile_report).absolute()),
         compile_backend=compile_backend,
+        simulated=simulated,
     )
+    if simulated and checks is None:
+        ids = [check_id for check_id in ids if check_id.startswith(TENSOR_PARALLEL)]
     preflight(case, ctx)
+    if checks is not None and any(check_id.startswith(TENSOR_PARALLEL) for check_id in ids):
+        refuse_plan(case, ctx)
     results: list[CheckResult] = []
     for check_id in ids:
         result = _after_a_hang(check_id, case, results) or with_expectation(

@@ -63,7 +63,9 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         metavar="DIR",
         help="tables and pictures of eager against compiled, from the compile checks",
     )
+    add("--simulated", action="store_true", help="tensor-parallel checks on ranks simulated in one process")
     add_deadlines(check)
+    add("--tp-report", type=folder, metavar="DIR", help="report of the tensor-parallel checks, a file a case")
     add("--json", type=file, metavar="FILE", help="also write the results there")
 
 
@@ -88,6 +90,7 @@ def _check(options: argparse.Namespace) -> int:
         world_size=options.world_size,
         timeout=options.timeout,
         compile_backend=options.compile_backend,
+        simulated=options.simulated,
     )
     results: list[CheckResult] = []
     try:
@@ -99,12 +102,13 @@ def _check(options: argparse.Namespace) -> int:
         for case in cases:
             results += run_checks(
                 case,
-                checks=list(ids),
+                checks=None if options.checks is None else list(ids),
                 device=options.device,
                 world_size=options.world_size,
                 timeout=options.timeout,
                 compile_backend=options.compile_backend,
                 compile_report=options.compile_report,
+                simulated=options.simulated,
                 on_result=show,
             )
     except (CaseError, LaunchUsageError) as error:
@@ -154,13 +158,18 @@ def _table(cases: list[str], checks: Sequence[str]) -> Callable[[CheckResult], N
         print(text.rstrip(), flush=True)
 
     def show(result: CheckResult) -> None:
-        figures = ", ".join(_figure(name, value) for name, value in result.figures.items() if value != [])
+        figures = ", ".join(_figure(name, value) for name, value in result.figures.items() if _fits(value))
         # Of what did not pass the first line says more than its figures; the full text comes below.
         said = figures if result.outcome == "passed" else _cut(_first_line(result.message))
         line(result.case, result.check, result.outcome, f"{result.seconds:.1f}", said)
 
     line("case", "check", "outcome", "seconds", "figures")
     return show
+
+
+def _fits(value: object) -> bool:
+    """Tables are for ``--json`` and reports."""
+    return value != [] and not isinstance(value, dict)
 
 
 def _figure(name: str, value: object) -> str:
@@ -185,6 +194,8 @@ def _finish(results: list[CheckResult], options: argparse.Namespace) -> int:
         print(f"\n== {result.case} {result.check}: {result.outcome}\n{result.message.strip()}")
     if options.json is not None:
         _write_json(results, options)
+    if options.tp_report is not None:
+        _write_reports(results, options)
     print(f"\n{passed} passed, {len(bad)} failed, {skipped} skipped", flush=True)
     if bad:
         return EXIT_FAILED
@@ -192,6 +203,19 @@ def _finish(results: list[CheckResult], options: argparse.Namespace) -> int:
         print("gputrain check: no check ran, which proves nothing: exit code 5", file=sys.stderr)
         return EXIT_NOTHING_RAN
     return EXIT_OK
+
+
+def _write_reports(results: list[CheckResult], options: argparse.Namespace) -> None:
+    from pytest_gputrain.checks.tp_report import write_reports
+
+    written = write_reports(
+        results,
+        options.tp_report,
+        device=options.device,
+        world_size=options.world_size,
+        simulated=options.simulated,
+    )
+    print("".join(f"\n{path}" for path in written) or "\nno tensor-parallel check ran: no report")
 
 
 def _write_json(results: list[CheckResult], options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.tensor_parallel.golden_blame import blame, depart_forward
 from pytest_gputrain.tensor_parallel.golden_forward import departing, judge
 from pytest_gputrain.tensor_parallel.golden_gradients import Gradients, compare_gradients
+from pytest_gputrain.tensor_parallel.golden_last_digit import without_rounding
 from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError, parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.golden_rounding import gradient_rounding
@@ -43,7 +44,7 @@ def compare_backward(
     pair.parallelize()
     answer = pair.ask_parallel(batch, gradients=True)
     forward = judge(pair, batch, golden, answer)
-    records = compare_gradients(pair, wanted)
+    records = without_rounding(pair, batch, wanted, compare_gradients(pair, wanted))
     layers, layer, cause = blame(pair, batch, records)
     if layer is not None and case.has_own_step and not forward.problem:
         records = _after_own_step(pair, batch, records)

@@ -30,6 +30,11 @@ IDS = [
     "compile_checkpoint_keys",
     "batch_shapes_constant",
     "compile_speed",
+    "tp_forward",
+    "tp_backward",
+    "tp_optimizers",
+    "tp_memory",
+    "tp_training",
 ]
 
 
@@ -41,6 +46,7 @@ def test_ids_are_the_designs() -> None:
         "accumulation",
         "batch size",
         "compile",
+        "tensor parallel",
     }
 
 

@@ -16,6 +16,8 @@ from tests.planted import (
     broken_late,
     broken_memory,
     broken_mixed_accumulation,
+    broken_tensor_parallel,
+    broken_tensor_parallel_dtensor,
     healthy_accumulation,
     healthy_compile_loops,
     healthy_compile_parity,
@@ -27,6 +29,7 @@ from tests.planted import (
     healthy_models,
     healthy_parallel,
     healthy_real,
+    healthy_tensor_parallel,
 )
 from tests.planted.plant import BROKEN, HEALTHY, Plant
 
@@ -49,6 +52,8 @@ __all__ = [
     "broken_late",
     "broken_memory",
     "broken_mixed_accumulation",
+    "broken_tensor_parallel",
+    "broken_tensor_parallel_dtensor",
     "healthy_accumulation",
     "healthy_compile_loops",
     "healthy_compile_parity",
@@ -60,4 +65,5 @@ __all__ = [
     "healthy_models",
     "healthy_parallel",
     "healthy_real",
+    "healthy_tensor_parallel",
 ]

@@ -25,11 +25,32 @@ COMPILE = (
     "batch_shapes_constant",
     "compile_speed",
 )
+# On every healthy tensor-parallel program; the others of these checks are nightly there.
+TENSOR_PARALLEL = ("tp_backward", "tp_memory")
 ACCUMULATES = ("batchnorm_convnet", "tied_weights", "autocast", "scheduler_and_clipping_by_hand")
 # Healthy, but for a copy of the whole model that comes in a later step than a finder tries.
 COMES_LATE = ("model_copied_and_saved",)
 # The same as others, in another place.
-AGAIN = ("hook_that_appends", "evaluation_keeps_its_logits", "features_kept_by_a_closure")
+AGAIN = (
+    "hook_that_appends",
+    "evaluation_keeps_its_logits",
+    "features_kept_by_a_closure",
+    "row_bias_added_on_every_rank_while_it_is_zero",
+    "no_backward_reduce_before_column_layers",
+    "reduction_doubled_in_forward",
+    "row_bias_gradients_partial_under_sequence_parallel",
+    "last_token_of_an_odd_vocabulary_lost",
+    "fake_tensor_parallel_that_communicates",
+    "dtensor_heads_not_divided",
+    "dtensor_output_left_partial",
+    "dtensor_cross_entropy_on_the_local_vocabulary",
+    "dtensor_clipping_by_local_norms",
+    "megatron_with_grouped_heads",
+    "megatron_sequence_parallel_with_dropout",
+    "dtensor_plan",
+    "dtensor_in_double_precision",
+    "dtensor_with_grouped_heads_and_bfloat16",
+)
 MINUTES = ("gpt2", "llama", "bert", "reference_opt", "reference_gpt", "conditional_collective")
 
 
@@ -49,6 +70,10 @@ def about_memory(plant: Plant) -> bool:
     return plant.case.__module__.endswith(("_memory", "_finders")) or plant.name in SUSPICIOUS
 
 
+def about_ranks_sharing_a_model(plant: Plant) -> bool:
+    return "tensor_parallel" in plant.case.__module__
+
+
 def about_compiling(plant: Plant) -> bool:
     return "_compile" in plant.case.__module__.rpartition(".")[2]
 
@@ -57,6 +82,8 @@ def is_planted_for(check: str, plant: Plant) -> bool:
     """Whether this check is likely to go wrong on this healthy program: the other pairs are slow."""
     if check in COMPILE or about_compiling(plant):
         return check in COMPILE and about_compiling(plant)
+    if check.startswith("tp_") or about_ranks_sharing_a_model(plant):
+        return check in TENSOR_PARALLEL and about_ranks_sharing_a_model(plant)
     if check in BATCH_SIZE:
         return about_memory(plant)
     if plant.case.__module__.endswith("_accumulation"):
