@@ -28,12 +28,11 @@ class Lab:
     """One case, one precision, one mode."""
 
     def __init__(self, case: TrainingCase, ctx: CheckContext, *, double: bool, quiet: bool) -> None:
-        import cloudpickle
-
         from pytest_gputrain.checks.session import build_model
+        from pytest_gputrain.launch.payload import dumps
 
         self.case, self.ctx, self.double, self.quiet = case, ctx, double, quiet
-        self._packed = cloudpickle.dumps(case)
+        self._packed = dumps(case)
         self._pristine = build_model(case, ctx)
         self._pristine = self._pristine.double() if double else self._pristine
         _wake(self._pristine, ctx.seed)

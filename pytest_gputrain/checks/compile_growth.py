@@ -43,7 +43,7 @@ def growth(units: list[Unit], report: CompileReport) -> list[Growth]:
 
 def _for_one_case(unit: Unit, report: CompileReport) -> tuple[Graph, ...]:
     """The graphs of this unit that are of use for one case only."""
-    excused = {recompile.compile_id for recompile in report.recompiles if _of_size_one(recompile)}
+    excused = {r.compile_id for r in report.recompiles if _of_size_one(r) or _of_a_new_mode(r)}
     return tuple(
         report.graphs[index]
         for index in range(*unit.graphs)
@@ -54,6 +54,11 @@ def _for_one_case(unit: Unit, report: CompileReport) -> tuple[Graph, ...]:
 def _of_size_one(recompile: Recompile) -> bool:
     """A dynamic size that is 0 or 1 gets a graph of its own in every torch: one more, by whoever's choice."""
     return "0/1 specialization" in recompile.reason
+
+
+def _of_a_new_mode(recompile: Recompile) -> bool:
+    """Every earlier graph is for gradients on, or every one for off: a step that evaluates now and then."""
+    return bool(recompile.reasons) and all("grad_mode" in reason for reason in recompile.reasons)
 
 
 def generalises(graphs: tuple[Graph, ...], index: int) -> bool:

@@ -135,7 +135,7 @@ class _Runner:
         import torch
 
         with self._unit(SAVE, 0, None):
-            torch.save(self._case.state_dict(self._built.compiled), io.BytesIO())
+            torch.save(self._case.state_dict(self._built.holder), io.BytesIO())
 
     def _loss(self, phase: str, index: int, chosen: tuple[int, Any]) -> None:
         if self.loop.left_out:

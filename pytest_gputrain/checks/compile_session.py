@@ -14,7 +14,7 @@ from pytest_gputrain.checks.result import CheckFailed
 class Compiled:
     """model: as ``case.model`` built it; compiled: what the loop calls, a module or a function.
 
-    holder: the module with the parameters that train; optimizer: of the loop.
+    holder: the module with the parameters that train, whose state is saved; optimizer: of the loop.
     """
 
     model: Any

@@ -175,9 +175,11 @@ def _holder(bare: Any, run: Any) -> Any:
 
 
 def own_copy(case: TrainingCase) -> TrainingCase:
-    import cloudpickle
+    import pickle
 
-    copy: TrainingCase = cloudpickle.loads(cloudpickle.dumps(case))
+    from pytest_gputrain.launch.payload import dumps
+
+    copy: TrainingCase = pickle.loads(dumps(case))
     return copy
 
 

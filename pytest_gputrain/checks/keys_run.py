@@ -75,7 +75,7 @@ def save_and_load(case: TrainingCase, ctx: CheckContext) -> Saved:
         built = build_compiled(case, ctx)
         _train(case, ctx, built.compiled, built.optimizer)
         saved = Saved(graphs=len(monitor.graphs))
-        state = _state(case, built.compiled)
+        state = _state(case, built.holder)
         tensors = saved_tensors(state, built.holder)
         saved.keys, saved.prefixed, saved.loads = list(tensors), prefixed(state), list(loads)
         if tensors and not saved.prefixed:

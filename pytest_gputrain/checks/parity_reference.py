@@ -32,10 +32,10 @@ class _Reference:
     def __init__(
         self, case: TrainingCase, ctx: CheckContext, folder: Path, runs: list[RankRun], replays: list[Replay]
     ) -> None:
-        import cloudpickle
+        from pytest_gputrain.launch.payload import dumps
 
         self.ctx, self.folder, self.runs, self.replays = ctx, folder, runs, replays
-        self.case, self._packed_case = case, cloudpickle.dumps(case)
+        self.case, self._packed_case = case, dumps(case)
         self.facts = runs[0].steps
         self.first = self._replica()
         self.device = self.first.device

@@ -30,10 +30,10 @@ def pack_by_value(value: object, name: str = "a value") -> bytes:
     """Anything as bytes, with test modules by value. Raises LaunchUsageError, naming it by ``name``."""
     try:
         with _by_value(_rewritten_modules()):
-            return _dumps(value)
+            return dumps(value)
     except Exception:  # pickling runs foreign code; a global of the test module may refuse
         try:
-            return _dumps(value)
+            return dumps(value)
         except Exception as error:
             raise LaunchUsageError(
                 f"{name} cannot be sent to the ranks: {type(error).__name__}: {_one_line(error)}; "
@@ -81,7 +81,8 @@ class _ValuePickler(_CallPickler):
         return super().reducer_override(obj)
 
 
-def _dumps(value: object) -> bytes:
+def dumps(value: object) -> bytes:
+    """A value as bytes that ``pickle.loads`` takes. Raises whatever pickling raises."""
     buffer = io.BytesIO()
     _CallPickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
     return buffer.getvalue()

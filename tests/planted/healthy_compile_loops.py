@@ -20,8 +20,8 @@ from tests.planted.broken_compile_shapes import (
     tagger,
     tokens,
 )
-from tests.planted.broken_compile_values import Annealed, AnnealingStep, CompiledUpdate
-from tests.planted.plant import WIDTH, Net, case, draw, healthy
+from tests.planted.broken_compile_values import Annealed, AnnealingStep, CompiledUpdate, stepped
+from tests.planted.plant import WIDTH, Net, case, draw, healthy, loss
 
 
 def compile_dynamic(model: Any) -> Any:
@@ -159,3 +159,34 @@ def endless() -> Iterator[Any]:
 @healthy
 def endless_stream() -> TrainingCase:
     return case("endless_stream", batches=endless)
+
+
+class EvaluatingStep:
+    """Evaluates every tenth step by itself: a second graph, in the middle of training, once."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+        self.steps += 1
+        if self.steps % 10 == 0:
+            model.eval()
+            with torch.no_grad():
+                loss(model, micro_batches[0])
+            model.train()
+        return stepped(model, optimizer, micro_batches)
+
+
+@healthy
+def evaluation_within_the_step() -> TrainingCase:
+    return case("evaluation_within_the_step", step=EvaluatingStep())
+
+
+def compile_forward(model: Any) -> Any:
+    """The method is compiled: what the loop calls is a function, and the model stays what it is."""
+    return torch.compile(model.forward, dynamic=False)
+
+
+@healthy
+def compiled_method() -> TrainingCase:
+    return case("compiled_method", compile=compile_forward)
