@@ -12,7 +12,7 @@ from pytest_gputrain.launch import LaunchDefaults, Launcher
 from tests.planted import BROKEN, HEALTHY, Plant
 
 # Nothing in these programs computes for seconds: a rank without a sign of life for so long waits for ever.
-STALL = 5.0
+STALL = 8.0
 BATCH_SIZE = ("batch_size_found", "batch_size_holds")
 # Of programs that were planted for another subject, those in which memory is likely to look suspicious.
 SUSPICIOUS = ("batchnorm_convnet", "mixture_of_experts", "stochastic_depth", "length_buckets_all_ranks_share")
