@@ -113,18 +113,16 @@ def _figures(figures: Mapping[str, Any]) -> str:
 def _layers(report: Report) -> str:
     if not report.layers:
         return ""
-    from math import log10
+    from math import floor, log10
 
     width = max(map(len, [*report.layers, "layer"]))
     least = min(max(value, SMALLEST) for value in report.layers.values())
-    floor = int(log10(least)) - 1
-    rows = [
-        f"Gradient error by layer, relative; a bar of {BAR_PER_DECADE} is a factor of 10 over 1e{floor:d}"
-    ]
+    base = floor(log10(least)) - 1
+    rows = [f"Gradient error by layer, relative; a bar of {BAR_PER_DECADE} is a factor of 10 over 1e{base:d}"]
     if report.tolerance is not None:
         rows[0] += f"; allowed {report.tolerance:.0e}"
     for name, value in report.layers.items():
-        bar = "#" * round(BAR_PER_DECADE * max(0.0, log10(max(value, SMALLEST)) - floor))
+        bar = "#" * round(BAR_PER_DECADE * max(0.0, log10(max(value, SMALLEST)) - base))
         over = "  <- too large" if report.tolerance is not None and not value <= report.tolerance else ""
         rows.append(f"  {name:{width}}  {value:9.2e}  {bar}{over}")
     return "\n".join(rows)

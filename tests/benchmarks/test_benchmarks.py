@@ -96,6 +96,7 @@ def test_compare_names_every_difference() -> None:
         "cache_hit",
         "prediction",
         "accumulation_overhead",
+        "tp_golden",
         "compile_monitor_cost",
     ],
 )
