@@ -66,6 +66,11 @@ def code_of(arguments: list[str]) -> int:
             "give a file in a folder that is there",
         ),
         (
+            ["check", "--compile-report", "/dev/null"],
+            "gputrain check: argument --compile-report: '/dev/null' is not legal; give a folder, there or "
+            "not yet there",
+        ),
+        (
             ["check", "nocolon"],
             "gputrain check: case: 'nocolon' is not MODULE:ATTR; give \"package.module:attribute\"",
         ),
