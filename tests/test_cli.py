@@ -208,10 +208,10 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     with_results(monkeypatch, PASSED, FAILED, SKIPPED)
     main(["check", GPT])
     assert capsys.readouterr().out.splitlines() == [
-        "case  check                  outcome  seconds  figures",
-        "gpt   ddp_parity             passed       1.5  ranks 2, worst 1.235e-07",
-        "gpt   ddp_completes          failed       2.0  HUNG after 2 s",
-        "gpt   gradients_arrive       skipped      0.0  does not apply",
+        "case  check                    outcome  seconds  figures",
+        "gpt   ddp_parity               passed       1.5  ranks 2, worst 1.235e-07",
+        "gpt   ddp_completes            failed       2.0  HUNG after 2 s",
+        "gpt   gradients_arrive         skipped      0.0  does not apply",
         "",
         "== gpt ddp_completes: failed",
         "HUNG after 2 s",
