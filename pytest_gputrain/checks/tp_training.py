@@ -1,8 +1,11 @@
-"""Does tensor-parallel training go the way that a single process's goes, over several epochs?"""
+"""Does tensor-parallel training go the way that a single process's goes, over several epochs?
+
+And do its weights survive a checkpoint: saved by ranks, loaded by one process, and the other way round.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks.context import CheckContext
@@ -12,23 +15,33 @@ from pytest_gputrain.checks.tp_runs import compared, fail, labelled, refuse_simu
 
 if TYPE_CHECKING:
     from pytest_gputrain.tensor_parallel.golden_training import TrainingRecord
+    from pytest_gputrain.tensor_parallel.records import CheckpointRecord
 
 
 @check("tp_training", subject="tensor parallel")
 def check_tp_training(case: TrainingCase, ctx: CheckContext) -> Figures:
-    """Fails when losses depart from the single process's, or do not fall, or replicated parameters drift."""
-    from pytest_gputrain.tensor_parallel.golden_training import compare_training
-
+    """Fails when losses depart from the single process's or do not fall, replicated or tied parameters drift,
+    or weights are others after saving and loading."""
     refuse_simulated(ctx, "a step may be anything, optimizers and clipping included")
-    record: TrainingRecord = compared(compare_training, case, ctx, doing="training")
-    figures = figures_of(record)
-    if record.problem:
-        fail(ctx, record.problem, figures)
+    record, saved = compared(_trained, case, ctx, doing="training")
+    figures = figures_of(record, saved)
+    if problem := record.problem or (saved and saved.problem):
+        fail(ctx, problem, figures)
     return labelled(ctx, figures)
 
 
-def figures_of(record: TrainingRecord) -> Figures:
-    """First and last epoch's mean loss on rank 0, and the largest departure from the single process's."""
+def _trained(case: TrainingCase, mesh: Any) -> tuple[TrainingRecord, CheckpointRecord | None]:
+    """In each rank; no checkpoint is made of what trains wrong."""
+    from pytest_gputrain.tensor_parallel.golden_checkpoint import compare_checkpoint
+    from pytest_gputrain.tensor_parallel.golden_training import compare_training
+
+    record = compare_training(case, mesh)
+    return record, None if record.problem else compare_checkpoint(case, mesh)
+
+
+def figures_of(record: TrainingRecord, saved: CheckpointRecord | None) -> Figures:
+    """First and last epoch's mean loss on rank 0, the largest departure from the single process's, and how
+    many tensors went through a checkpoint both ways."""
     losses = record.parallel[0]
     return {
         "epochs": record.epochs,
@@ -36,5 +49,6 @@ def figures_of(record: TrainingRecord) -> Figures:
         "loss of the first epoch": record.epoch(losses, 0),
         "loss of the last epoch": record.epoch(losses, record.epochs - 1),
         "largest relative departure": record.worst,
-        "notes": list(record.notes),
+        "tensors saved and loaded": saved.to_ranks if saved else 0,
+        "notes": [*record.notes, *([f"no checkpoint: {saved.skipped}"] if saved and saved.skipped else [])],
     }

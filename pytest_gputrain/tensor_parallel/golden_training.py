@@ -22,6 +22,7 @@ from pytest_gputrain.tensor_parallel.golden_inputs import draw
 from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError, asking, parameters_of
 from pytest_gputrain.tensor_parallel.golden_outputs import ask
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
+from pytest_gputrain.tensor_parallel.golden_vacuity import untied_findings
 from pytest_gputrain.trace.digest import tensor_digest
 
 EPOCHS, BATCHES = 4, 4
@@ -86,7 +87,8 @@ def compare_training(
         drifted=tuple(_drifted(pair)),
         notes=(*pair.notes, *(finding.message for finding in random if not finding.fails)),
     )
-    return _judged(record, pair, [finding.message for finding in random if finding.fails])
+    untied = untied_findings(pair, len(golden) - 1)
+    return _judged(record, pair, [finding.message for finding in (*random, *untied) if finding.fails])
 
 
 def _batches(pair: Pair, rows: int) -> list[Any]:
@@ -140,8 +142,8 @@ def _drifted(pair: Pair) -> list[str]:
     return [name for name, by_rank in digests.items() if len(set(by_rank)) > 1]
 
 
-def _judged(record: TrainingRecord, pair: Pair, random: Sequence[str]) -> TrainingRecord:
-    wrong = [pair.problem, pair.weights.problem, _trajectory(record), *random, _falls(record)]
+def _judged(record: TrainingRecord, pair: Pair, found: Sequence[str]) -> TrainingRecord:
+    wrong = [pair.problem, pair.weights.problem, _trajectory(record), *found, _falls(record)]
     problem = next((one for one in wrong if one), None)
     if problem is None and record.drifted:
         more = f" and {len(record.drifted) - 3} more" if len(record.drifted) > 3 else ""

@@ -6,6 +6,7 @@ pass those of one rank.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ def vacuity(case: TrainingCase, mesh: Any, *, seed: int = SEED) -> list[Finding]
     if case.has_own_step:
         record = compare_step(pair, batch, CLIPS)
         findings += [Finding("clipping", "", record.problem)] if record and record.problem else []
-    findings += _replicas(pair, batch)
+    findings += replica_findings(pair, batch)
     findings += _after_steps(pair, batch)
     return findings
 
@@ -71,18 +72,36 @@ def _ratio(accounts: Accounting) -> list[Finding]:
     ]
 
 
-def _replicas(pair: Pair, batch: Any) -> list[Finding]:
-    """Replicated gradients, bit by bit; a step of the case's own may still be to make them so."""
-    if pair.case.has_own_step:
+def replica_findings(pair: Pair, batch: Any) -> list[Finding]:
+    """Replicated gradients, bit by bit; a step of the case's own may still be to make them so. Collective.
+
+    Only noted where a rank's own gradients change from one backward to the next (atomic additions on a GPU).
+    """
+    differing = _differing(pair, _gradients(pair, batch))
+    if not differing:
+        return []
+    fails = _repeats(pair, batch)
+    if fails and pair.case.has_own_step:
         with pair.world.acting():
-            gradients = take(pair.case, pair.parallel, batch, pair.seed)
-    else:
-        pair.parallel.zero_grad(set_to_none=True)
-        pair.ask_parallel(batch, gradients=True)
-        gradients = {n: p.grad for n, p in parameters_of(pair.parallel).items() if p.grad is not None}
-    differing = _differing(pair, gradients)
-    what = f"is replicated, but its gradient is not the same on all {pair.world.size} ranks"
-    return _several("gradients_differ", differing, what)
+            differing = _differing(pair, take(pair.case, pair.parallel, batch, pair.seed))
+    what = f"is replicated, but its gradient is not bit by bit the same on all {pair.world.size} ranks"
+    return [replace(one, fails=fails) for one in _several("gradients_differ", differing, what)]
+
+
+def _gradients(pair: Pair, batch: Any) -> dict[str, Any]:
+    """Of the parallel model, by one backward."""
+    pair.parallel.zero_grad(set_to_none=True)
+    pair.ask_parallel(batch, gradients=True)
+    return {n: p.grad for n, p in parameters_of(pair.parallel).items() if p.grad is not None}
+
+
+def _repeats(pair: Pair, batch: Any) -> bool:
+    """Whether each rank has the same gradients in a second backward; collective."""
+    both: list[dict[int, list[str]]] = []
+    for _ in range(2):
+        found = [pair.world.pieces(one) for one in _gradients(pair, batch).values()]
+        both.append({r: [tensor_digest(one[r]) for one in found if r in one] for r in pair.world.held})
+    return all(pair.world.merged({r: both[0][r] == both[1][r] for r in pair.world.held}))
 
 
 def _several(kind: str, names: list[str], what: str) -> list[Finding]:
@@ -114,10 +133,11 @@ def _after_steps(pair: Pair, batch: Any) -> list[Finding]:
             take(pair.case, pair.parallel, batch, pair.seed)
     differing = _differing(pair, {n: p.detach() for n, p in parameters_of(pair.parallel).items()})
     what = f"is replicated, but after {STEPS} steps not the same on all {pair.world.size} ranks"
-    return _several("parameters_differ", differing, what) + _untied(pair)
+    return _several("parameters_differ", differing, what) + untied_findings(pair, STEPS)
 
 
-def _untied(pair: Pair) -> list[Finding]:
+def untied_findings(pair: Pair, steps: int) -> list[Finding]:
+    """Parameters that were one before parallelize, and are not equal after so many steps; collective."""
     findings = []
     parameters = parameters_of(pair.parallel)
     for first, holders in pair.weights.untied.items():
@@ -136,7 +156,7 @@ def _untied(pair: Pair) -> list[Finding]:
                     "untied",
                     first,
                     f"{names} are one parameter before parallelize and two after it, which differ after "
-                    f"{STEPS} steps: tie them again",
+                    f"{steps} steps: tie them again",
                 )
             )
     return findings

@@ -88,6 +88,30 @@ def no_backward_reduce_before_the_head() -> TrainingCase:
     return tp_case("no_backward_reduce_before_the_head", by(NoBackwardReduceAtHead))
 
 
+class LastBits(torch.autograd.Function):
+    """The gradient of what is whole on every rank, rounded in another way on each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rank: int) -> Tensor:
+        ctx.rank = rank
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0] * (1 + 1e-6 * ctx.rank), None
+
+
+class RoundedByRank(Megatron):
+    def replicated(self, module: nn.Module) -> nn.Module:
+        module.register_forward_hook(lambda m, inputs, out: run(LastBits, out, self.rank))
+        return module
+
+
+@broken_tp("tp_backward", "is replicated, but its gradient is not bit by bit the same on all 2 ranks")
+def replicated_gradients_differ_in_the_last_bits() -> TrainingCase:
+    return tp_case("replicated_gradients_differ_in_the_last_bits", by(RoundedByRank))
+
+
 class ReduceTwice(torch.autograd.Function):
     """Sums in both directions, as torch.distributed.nn's all_reduce does."""
 

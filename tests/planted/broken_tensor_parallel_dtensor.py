@@ -131,3 +131,15 @@ def dtensor_clipping_by_local_norms() -> TrainingCase:
     return tp_case(
         "dtensor_clipping_by_local_norms", by_plan(plan_for), fields={"step": clipped(clip_local_parts)}
     )
+
+
+def local_state(model: LM) -> dict[str, Tensor]:
+    """What looks like plain weights, and is the part of the rank that saves."""
+    return {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in model.state_dict().items()}
+
+
+@broken_tp("tp_training", "the case's state_dict gives one rank's part of embed.weight")
+def dtensor_checkpoint_of_one_ranks_part() -> TrainingCase:
+    return tp_case(
+        "dtensor_checkpoint_of_one_ranks_part", by_plan(plan_for), fields={"state_dict": local_state}
+    )
