@@ -16,6 +16,7 @@ from pytest_gputrain.checks.result import CheckFailed, Figures
 from pytest_gputrain.checks.saved_state import PREFIX
 
 NAMED = 3
+_SOMETHING_ELSE = "it saves something else, or under names of its own"
 
 
 @check("compile_checkpoint_keys", subject="compile")
@@ -34,12 +35,19 @@ def check_compile_checkpoint_keys(case: TrainingCase, ctx: CheckContext) -> Figu
 
 
 def _judge_loads(saved: Saved, figures: Figures) -> None:
-    """Raises CheckFailed where the case itself loads a state of which nothing fits."""
+    """Raises CheckFailed where a state that the case itself loads does not fit for torch.compile's prefix."""
     for load in saved.loads:
-        if load.given and load.expected and not load.loaded:
+        nothing = load.given and load.expected and not load.loaded
+        if nothing or load.lost:
+            said = (
+                f"loads nothing, at {load.location}: none of {load.given} keys is one of the model's "
+                f"{load.expected}"
+                if nothing
+                else f"leaves out {load.lost} of {load.given} keys, at {load.location}: they differ from the "
+                f"model's by {PREFIX}"
+            )
             raise CheckFailed(
-                f"load_state_dict(strict=False) loads nothing, at {load.location}: none of {load.given} keys "
-                f"is one of the model's {load.expected} ({load.example})\n"
+                f"load_state_dict(strict=False) {said} ({load.example})\n"
                 f"  likely: one of them is compiled and the other not, which puts {PREFIX} in front; load "
                 "into the uncompiled model, with strict=True",
                 figures,
@@ -55,9 +63,12 @@ def _judge_keys(saved: Saved, figures: Figures) -> None:
             {**figures, "prefixed": len(saved.prefixed)},
         )
     if not saved.keys:
+        others = f", but {len(saved.others)} others: {_some(saved.others)}" if saved.others else ""
+        cut = any(name.endswith(f".{saved.wanted}") for name in saved.others)
+        why = f"a prefix is cut off by its length; use removeprefix({PREFIX!r})" if cut else _SOMETHING_ELSE
         raise CheckFailed(
-            "state_dict(model) of the compiled model gives none of the model's tensors\n"
-            "  likely: it saves something else, or under names of its own",
+            f"state_dict(model) of the compiled model has none of the model's tensors ({saved.wanted}, ...)"
+            f"{others}\n  likely: {why}",
             figures,
         )
 
@@ -92,6 +103,13 @@ def _judge_weights(saved: Saved, figures: Figures) -> None:
 
 
 def _judge_outputs(saved: Saved, figures: Figures) -> None:
+    if saved.difference > saved.tolerance and saved.apart:
+        raise CheckFailed(
+            f"compile(model) trains another model than the one it is given: {len(saved.apart)} of "
+            f"{len(saved.keys)} tensors saved are not the original's: {_some(saved.apart)}\n"
+            "  likely: it compiles a new model, or a copy; compile the model that it is given",
+            figures,
+        )
     if saved.difference > saved.tolerance:
         raise CheckFailed(
             f"the model loaded from what was saved gives other outputs: off by {saved.difference:.1e} where "

@@ -17,7 +17,9 @@ from pytest_gputrain.checks.load_watch import Load, watched_loads
 from pytest_gputrain.checks.result import CheckFailed
 from pytest_gputrain.checks.saved_state import (
     Tensors,
+    bare,
     differing,
+    every_name,
     missing_and_unexpected,
     prefixed,
     saved_tensors,
@@ -39,6 +41,7 @@ class Saved:
     missing, unexpected: keys, where it does not load; refused: why not; stale: tensors saved that are not
     those that train; ignored: tensors that loading leaves as they were. difference: of outputs, relative, and
     what rounding explains. by_original: where evaluation of the original compiles. loads: of the case itself.
+    apart: tensors saved that are not the original's. wanted: a key of the model; others: what is saved where nothing is the model's.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -52,6 +55,9 @@ class Saved:
     tolerance: float = 0.0
     by_original: list[str] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
+    apart: list[str] = field(default_factory=list)
+    wanted: str = ""
+    others: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     graphs: int = 0
 
@@ -76,8 +82,11 @@ def save_and_load(case: TrainingCase, ctx: CheckContext) -> Saved:
         _train(case, ctx, built.compiled, built.optimizer)
         saved = Saved(graphs=len(monitor.graphs))
         state = _state(case, built.holder)
-        tensors = saved_tensors(state, built.holder)
+        # Of a wrapper that compile() returns a loop may save what is inside.
+        tensors = saved_tensors(state, built.holder) or saved_tensors(state, built.model)
         saved.keys, saved.prefixed, saved.loads = list(tensors), prefixed(state), list(loads)
+        saved.wanted = next(map(bare, built.model.state_dict()), "")
+        saved.others = [] if tensors else every_name(state)
         if tensors and not saved.prefixed:
             fresh = _loaded(case, ctx, saved, tensors, twin, built)
             if fresh is not None:
@@ -159,6 +168,7 @@ def _compare(
     from pytest_gputrain.checks.session import draw_batch
 
     batch = draw_batch(case, ctx, STEPS)
+    saved.apart = differing(fresh.state_dict(), built.model)
     with_numbers_of(fresh, built.model)
     before = len(monitor.graphs)
     again = evaluated(case, ctx, fresh, batch)

@@ -8,14 +8,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pytest_gputrain.checks.saved_state import PREFIX
+
 
 @dataclass(frozen=True)
 class Load:
-    """given, expected: how many keys the state and the module have; loaded: in both. example: one of each."""
+    """given, expected: how many keys the state and the module have; loaded: in both.
+
+    lost: given keys that would fit but for torch.compile's prefix. example: one of those that do not fit, and
+    one of the module's.
+    """
 
     given: int
     expected: int
     loaded: int
+    lost: int
     example: str
     location: str
 
@@ -42,8 +49,15 @@ def watched_loads() -> Iterator[list[Load]]:
 
 def _look(module: Any, state: Any) -> Load:
     given, expected = list(state), list(module.state_dict())
-    example = f"{given[0]}, where it has {expected[0]}" if given and expected else ""
-    return Load(len(given), len(expected), len({*given} & {*expected}), example, _calling_line())
+    fitting, by_plain_name = {*given} & {*expected}, {_plain(name): name for name in expected}
+    lost = [name for name in given if name not in fitting and _plain(name) in by_plain_name]
+    pair = (lost[0], by_plain_name[_plain(lost[0])]) if lost else (*given[:1], *expected[:1])
+    example = ", where it has ".join(pair) if len(pair) == 2 else ""
+    return Load(len(given), len(expected), len(fitting), len(lost), example, _calling_line())
+
+
+def _plain(name: str) -> str:
+    return name.replace(PREFIX, "")
 
 
 def _calling_line() -> str:

@@ -29,7 +29,12 @@ def saved_tensors(state: Any, model: Any) -> Tensors:
 
 def prefixed(state: Any) -> list[str]:
     """Every key, in whichever part of what is saved, that has torch.compile's prefix."""
-    return [key for entries in _dictionaries(state, DEPTH) for key in entries if PREFIX in key]
+    return [key for key in every_name(state) if PREFIX in key]
+
+
+def every_name(state: Any) -> list[str]:
+    """Of every tensor, in whichever part of what is saved."""
+    return [key for entries in _dictionaries(state, DEPTH) for key in entries]
 
 
 def missing_and_unexpected(model: Any, tensors: Tensors) -> tuple[list[str], list[str]]:

@@ -43,6 +43,27 @@ def resumed_with_nothing() -> TrainingCase:
     return case("resumed_with_nothing", compile=compile_and_resume)
 
 
+def compile_regions_and_resume(model: Any) -> Any:
+    """Resumes from what a run with compiled regions has saved: only what is outside of them fits."""
+    model.load_state_dict(compile_regions(Net()).state_dict(), strict=False)
+    return torch.compile(model, dynamic=False)
+
+
+@broken({KEYS: "load_state_dict(strict=False) leaves out "})
+def resumed_with_the_rest() -> TrainingCase:
+    return case("resumed_with_the_rest", compile=compile_regions_and_resume)
+
+
+def state_cut_short(model: Any) -> dict[str, Any]:
+    """Cuts off the prefix of another wrapper, by its length."""
+    return {name[len("module.") :]: tensor for name, tensor in model.state_dict().items()}
+
+
+@broken({KEYS: "has none of the model's tensors (blocks.0.norm.weight, ...), but 14 others: "})
+def saved_with_a_wrong_prefix_cut() -> TrainingCase:
+    return case("saved_with_a_wrong_prefix_cut", state_dict=state_cut_short)
+
+
 class Lenient(Net):
     """Loads what fits, and does not say that nothing does."""
 

@@ -120,6 +120,29 @@ def regions_compiled() -> TrainingCase:
     return case("regions_compiled", compile=compile_regions)
 
 
+class Engine(nn.Module):
+    """What a trainer puts around the model, which is compiled in place within it."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        inner.compile(dynamic=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
+
+def state_of_the_inner(model: Any) -> dict[str, Any]:
+    state: dict[str, Any] = getattr(model, "inner", model).state_dict()
+    return state
+
+
+@healthy
+def compiled_within_an_engine() -> TrainingCase:
+    return case("compiled_within_an_engine", compile=Engine, state_dict=state_of_the_inner)
+
+
 def ragged() -> Iterator[Any]:
     """Lists of documents, which the loss pads to a fixed length: what varies never reaches the model."""
     for _ in range(20):
