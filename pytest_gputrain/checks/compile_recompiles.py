@@ -40,7 +40,7 @@ def check_compile_no_recompiles(case: TrainingCase, ctx: CheckContext) -> Figure
     }
     _judge_errors(report, loop.units, figures)
     _judge_growth(loop, report, figures)
-    _judge_runs(loop, steps, figures)
+    _judge_runs(loop, report, steps, figures)
     _judge_breaks(report, figures)
     notes = [loop.left_out] if loop.left_out else []
     return {**figures, "notes": notes + _notes(report)}
@@ -63,9 +63,11 @@ def _judge_growth(loop: Loop, report: CompileReport, figures: Figures) -> None:
     found = growth(loop.units, report)
     if report.limit_hits:
         hit = report.limit_hits[0]
-        of = sum(graph.function == hit.function for graph in report.graphs)
+        # The limit is counted by code, which may be named otherwise than its graphs (within decorators).
+        of = sum(graph.function == hit.function for graph in report.graphs) or len(report.graphs)
         where = next((words_of(u) for u in loop.units if u.number == hit.step), "the first step")
-        head = f"{of} graphs, then torch ran eager (recompile limit {hit.limit}) from {where} on"
+        graphs = "1 graph" if of == 1 else f"{of} graphs"
+        head = f"{graphs}, then torch ran eager (recompile limit {hit.limit}) from {where} on"
     elif found:
         bad = sum(len(one.graphs) for one in found)
         head = (
@@ -75,19 +77,36 @@ def _judge_growth(loop: Loop, report: CompileReport, figures: Figures) -> None:
     else:
         return
     told = lines(found, loop.units) or [f"  {r.location}  {reason_of(r)}" for r in report.recompiles[:3]]
-    why = [f"  likely: {likely(found, loop.units)}"] if found else []
+    told = told or [f"  {hit.function}   at {hit.location}" for hit in report.limit_hits[:3]]
+    why = [f"  likely: {likely(found, loop.units)}"] if found else [f"  likely: {_LOW_LIMIT}"]
     raise CheckFailed("\n".join([head, *told, *why]), {**figures, "growth": len(found)})
 
 
-def _judge_runs(loop: Loop, steps: list[Unit], figures: Figures) -> None:
+def _judge_runs(loop: Loop, report: CompileReport, steps: list[Unit], figures: Figures) -> None:
     """Raises CheckFailed where steps run nothing that is compiled."""
     idle = [unit.index for unit in steps if not unit.runs]
+    if not idle and loop.is_itself and not any(graph.parameters for graph in report.graphs):
+        of = ", ".join(sorted({graph.function for graph in report.graphs})[:3])
+        raise CheckFailed(
+            "the model runs eager: compile(model) returned the model itself, and no compiled graph has a "
+            f"parameter in it; they are of {of}\n"
+            f"  likely: {_NOT_COMPILED}",
+            figures,
+        )
     if not idle:
         return
     if len(idle) < len(steps):
         raise CheckFailed(
             f"no compiled graph ran in {len(idle)} of {len(steps)} steps, the first of them step {idle[0]}\n"
             "  likely: the step calls the original model there, or replaces what is compiled",
+            figures,
+        )
+    if report.suppressed:
+        first = report.suppressed[0]
+        raise CheckFailed(
+            f"nothing compiled runs: compiling {first.function} fails, and {first.swallowed_by} goes on "
+            f"without   at {first.location}: {first.message}\n"
+            "  likely: an except around the call hides it, and calls the original; let it raise, and mend it",
             figures,
         )
     what = "the model itself" if loop.is_itself else "another object"
@@ -98,6 +117,7 @@ def _judge_runs(loop: Loop, steps: list[Unit], figures: Figures) -> None:
     )
 
 
+_LOW_LIMIT = "recompile_limit is lower than what the first steps need (shapes, gradients on and off)"
 _NOT_COMPILED = (
     "it does not compile, or catches the error and returns the model; return torch.compile(model), or model "
     "after model.compile()"

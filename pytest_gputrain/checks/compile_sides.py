@@ -166,7 +166,17 @@ def compiled(case: TrainingCase, ctx: CheckContext, start: Snapshot, *, wraps: b
     run = as_if_wrapped(run)
     holder = _holder(model, run)
     optimizer = build_optimizer(case, model, holder)
-    return Side(case, inner_model(holder), run, optimizer, parameter_names(model, holder))
+    return Side(case, _bare(model, holder), run, optimizer, parameter_names(model, holder))
+
+
+def _bare(model: Any, holder: Any) -> Any:
+    """The module whose names count: within a wrapper of the user's own around the model, the model."""
+    inner = inner_model(holder)
+    return model if {*map(id, _tensors(inner))} == {*map(id, _tensors(model))} else inner
+
+
+def _tensors(model: Any) -> list[Any]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def _holder(bare: Any, run: Any) -> Any:

@@ -41,7 +41,8 @@ class Saved:
     missing, unexpected: keys, where it does not load; refused: why not; stale: tensors saved that are not
     those that train; ignored: tensors that loading leaves as they were. difference: of outputs, relative, and
     what rounding explains. by_original: where evaluation of the original compiles. loads: of the case itself.
-    apart: tensors saved that are not the original's. wanted: a key of the model; others: what is saved where nothing is the model's.
+    apart: tensors saved that are not the original's. wanted: a key of the model; others: what is saved where
+    nothing is the model's.
     """
 
     keys: list[str] = field(default_factory=list)

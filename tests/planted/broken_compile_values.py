@@ -323,3 +323,38 @@ def float_rate(model: Any) -> Any:
 @broken({RECOMPILES: "learning rate"}, may_fail=ALSO)
 def compiled_optimizer_with_a_number_for_rate() -> TrainingCase:
     return case("compiled_optimizer_with_a_number_for_rate", optimizer=float_rate, step=CompiledUpdate())
+
+
+class Fallback(nn.Module):
+    """Calls the original where the compiled model raises, and says nothing."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.compiled: list[Any] = [torch.compile(model, dynamic=False, backend=failing_backend)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            out: Tensor = self.compiled[0](x)
+        except Exception:
+            out = self.model(x)
+        return out
+
+
+@broken(
+    {RECOMPILES: "nothing compiled runs: compiling Net.forward fails, and the program goes on"}, may_fail=ALSO
+)
+def error_of_the_backend_caught() -> TrainingCase:
+    return case("error_of_the_backend_caught", compile=Fallback)
+
+
+compiled_loss = torch.compile(nn.functional.cross_entropy, dynamic=False)
+
+
+@broken({RECOMPILES: "the model runs eager: compile(model) returned the model itself"}, may_fail=ALSO)
+def loss_compiled_and_no_model() -> TrainingCase:
+    def loss(model: Any, batch: Any) -> Tensor:
+        out: Tensor = compiled_loss(model(batch["x"]), batch["y"])
+        return out
+
+    return case("loss_compiled_and_no_model", compile=lambda model: model, loss=loss)

@@ -121,12 +121,11 @@ def regions_compiled() -> TrainingCase:
 
 
 class Engine(nn.Module):
-    """What a trainer puts around the model, which is compiled in place within it."""
+    """What a trainer puts around the model: its names are longer, its tensors the model's."""
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
-        self.inner = inner
-        inner.compile(dynamic=False)
+        self.inner: Any = torch.compile(inner, dynamic=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.inner(x)
@@ -134,7 +133,8 @@ class Engine(nn.Module):
 
 
 def state_of_the_inner(model: Any) -> dict[str, Any]:
-    state: dict[str, Any] = getattr(model, "inner", model).state_dict()
+    inner = getattr(model, "inner", model)
+    state: dict[str, Any] = getattr(inner, "_orig_mod", inner).state_dict()
     return state
 
 
