@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from pytest_gputrain.case import CaseError, TrainingCase, pytree
+from pytest_gputrain.case.loading import LazyCallable
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.registry import all_check_ids
 from pytest_gputrain.checks.result import CheckOutcome
@@ -54,6 +55,8 @@ def _try(case: TrainingCase, ctx: CheckContext) -> str | None:
     from pytest_gputrain.checks.session import device_of, seed_everything
 
     device = device_of(ctx)
+    if problem := _not_found(case):
+        return f"case {case.name!r}: {problem}"
     calls: dict[str, Any] = {"model": case.model, "batch": lambda: case.batch(ctx.batch_size, device)}
     made = {}
     for name, call in calls.items():
@@ -71,6 +74,17 @@ def _try(case: TrainingCase, ctx: CheckContext) -> str | None:
             f"case {case.name!r}: batch() returned no tensor, but {made['batch']!r:.60}; {_WAY_OUT['batch']}"
         )
     return _unknown_backend(ctx)
+
+
+def _not_found(case: TrainingCase) -> str | None:
+    """The first function given by name that is not there: told now, not by each check that calls it."""
+    for given in vars(case).values():
+        if isinstance(given, LazyCallable):
+            try:
+                given.resolve()
+            except CaseError as error:
+                return str(error)
+    return None
 
 
 def _unknown_backend(ctx: CheckContext) -> str | None:

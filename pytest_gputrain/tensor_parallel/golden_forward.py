@@ -34,6 +34,7 @@ def compare_forward(
     """
     pair = Pair(case, mesh, seed=seed)
     asked = _ask_reference(pair, shapes)
+    pair.expect_same([batch for batch, _ in asked])
     pair.parallelize()
     records, compared = [], []
     cut = sequence_is_cut(pair, [batch for batch, _ in asked])

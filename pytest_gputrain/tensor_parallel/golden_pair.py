@@ -7,12 +7,13 @@ one from the same weights, and asks the reference once more, which must still an
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.tensor_parallel import golden_difference as apart
 from pytest_gputrain.tensor_parallel.apply import apply
 from pytest_gputrain.tensor_parallel.golden_inputs import draw
@@ -67,6 +68,17 @@ class Pair:
         """A batch of the case's own length, the same on all ranks."""
         with self.world.alone():
             return draw(self.case, rows, self.device, self.seed)
+
+    def expect_same(self, batches: Sequence[Any]) -> None:
+        """Sets ``problem`` where ranks drew different batches, which values alone do not say; collective."""
+        digests = [tensor_digest(tensor) for batch in batches for tensor in pytree.tensors(batch)]
+        drawn = self.world.merged(dict.fromkeys(self.world.held, digests))
+        other = next((rank for rank, one in enumerate(drawn) if one != drawn[0]), None)
+        if other is not None:
+            self.problem = self.problem or (
+                f"rank {other} draws other batches than rank 0 under one seed; the ranks of a "
+                "tensor-parallel group work on one batch: do not draw by rank, or broadcast rank 0's"
+            )
 
     def ask_reference(self, batch: Any, *, gradients: bool = False) -> Answer:
         with self.world.alone():

@@ -69,6 +69,7 @@ def compare_training(
     """
     pair = Pair(case, mesh, seed=seed)
     batches = _batches(pair, rows)
+    pair.expect_same(batches)
     pair.parallelize()
     random = random_findings(pair, batches[0])
     with pair.world.alone():

@@ -41,7 +41,7 @@ def tp_plan_for(model: nn.Module, *, sequence_parallel: bool = False, loss_paral
         plan.update(_other_linears(model, modules, plan))
     if not plan and not sequence_parallel:
         raise ValueError(_unknown(model))
-    plan.update(_vocabulary(modules, loss_parallel))
+    plan.update(_vocabulary(model, modules, loss_parallel))
     return over_sequence(plan, modules) if sequence_parallel else plan
 
 
@@ -143,11 +143,16 @@ def _are_linear(modules: dict[str, Any], names: tuple[str, ...]) -> bool:
     return all(isinstance(modules[name], nn.Linear) for name in names)
 
 
-def _vocabulary(modules: dict[str, Any], loss_parallel: bool) -> Plan:
-    """The token embedding by rows and the head by columns, and whatever is tied to them."""
+def _vocabulary(model: nn.Module, modules: dict[str, Any], loss_parallel: bool) -> Plan:
+    """The token embedding by rows and the head by columns, and whatever is tied to them.
+
+    Nothing where a module that cannot be cut along has a parameter of theirs too, as BERT's bias of the head.
+    """
     from torch import nn
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
+
+    from pytest_gputrain.tensor_parallel import ties
 
     embedding, head = roles.vocabulary(modules)
     if head is None and loss_parallel:
@@ -167,4 +172,10 @@ def _vocabulary(modules: dict[str, Any], loss_parallel: bool) -> Plan:
                 if loss_parallel
                 else ColwiseParallel(output_layouts=Replicate())
             )
+    for tie in ties.find(model):
+        if len({module in plan for module, _ in tie.places}) == 2:
+            if loss_parallel:
+                names = " and ".join(tie.names())
+                raise ValueError(f"loss_parallel=True needs a head of its own; {names} are one parameter")
+            return {}
     return plan

@@ -160,6 +160,11 @@ def not_a_module() -> Any:
         ),
         ({"model": "nowhere:model"}, "case 'tiny': tiny.model: no module named 'nowhere'", "is installed"),
         (
+            {"parallelize": "nowhere:cut"},
+            "case 'tiny': tiny.parallelize: no module named 'nowhere'",
+            "is installed",
+        ),
+        (
             {"expected_failures": {"ddp_parities": "typo"}},
             "case 'tiny': expected_failures names ddp_parities, which is no check; give some of ",
             ", ".join(IDS),

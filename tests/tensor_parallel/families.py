@@ -81,6 +81,17 @@ def olmo2(**changes: Any) -> nn.Module:
     return _causal("Olmo2", changes)
 
 
+def bert() -> nn.Module:
+    """A bias of the head that another module has, too."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    size = {"vocab_size": 131, "hidden_size": 32, "intermediate_size": 48}
+    return BertForMaskedLM(  # type: ignore[no-any-return]
+        BertConfig(**size, **off, num_hidden_layers=2, num_attention_heads=4)
+    ).train()
+
+
 def neox(**changes: Any) -> nn.Module:
     changes = {"hidden_dropout": 0.0, "attention_dropout": 0.0, **changes}
     return _causal("GPTNeoX", {"intermediate_size": 64, **changes})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -81,12 +82,19 @@ def draw(batch_size: int, device: Any) -> dict[str, Tensor]:
     return {"inputs": tokens[:, :-1].to(device), "targets": tokens[:, 1:].to(device)}
 
 
+def drawn_by_rank(batch_size: int, device: Any) -> dict[str, Tensor]:
+    """Right for data parallel, wrong here."""
+    torch.manual_seed(dist.get_rank())
+    return draw(batch_size, device)
+
+
 def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch["inputs"]).flatten(0, 1), batch["targets"].flatten())
 
 
 def case(parallelize: Any, *, model: Any = Transformer, **fields: Any) -> TrainingCase:
-    return TrainingCase(name="small", model=model, batch=draw, loss=loss, parallelize=parallelize, **fields)
+    given = {"model": model, "batch": draw, "loss": loss, "parallelize": parallelize, **fields}
+    return TrainingCase(name="small", **given)
 
 
 # --- by torch's plans
@@ -224,6 +232,21 @@ def initialised_again(model: Any, mesh: Any) -> Any:
 def seeded_by_rank(model: Any, mesh: Any) -> Any:
     by_hand(model, mesh)
     torch.manual_seed(dist.get_rank())
+    return model
+
+
+def careless_with_one_sample(model: Any, mesh: Any) -> Any:
+    """Right for every batch but that of a single sample, and there only backward is wrong."""
+    up = by_hand(model, mesh).blocks[1].mlp.up
+    up.register_forward_pre_hook(lambda module, args: setattr(module, "copy", args[0].size(0) > 1))
+    return model
+
+
+def not_a_number_later(model: Any, mesh: Any) -> Any:
+    """From the fourth forward on."""
+    calls = itertools.count()
+    up = by_hand(model, mesh).blocks[1].mlp.up
+    up.register_forward_hook(lambda module, args, out: out if next(calls) < 3 else out * torch.nan)
     return model
 
 

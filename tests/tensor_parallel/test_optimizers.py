@@ -25,6 +25,36 @@ def test_a_wrong_gradient_is_seen_in_what_it_does_to_weights() -> None:
     assert record.problem.startswith("after 3 steps of SGD blocks.")
 
 
+@pytest.mark.parametrize("broken", [models.careless_with_one_sample, models.not_a_number_later])
+def test_steps_see_what_one_batch_does_not(broken: Any) -> None:
+    assert on_two_ranks("compare_backward", broken).problem is None
+    record = on_two_ranks("compare_optimizers", broken, {"names": ["SGD", "Adam"]})
+    assert record.problem.startswith("after 3 steps of ")
+
+
+def in_half_precision() -> Any:
+    return models.Transformer().half()
+
+
+def test_float16_takes_steps_of_sgd_alone() -> None:
+    record = on_two_ranks("compare_optimizers", models.by_hand, model=in_half_precision)
+    assert record.problem is None
+    assert "SGD" in {result.name for result in record.results if not result.skipped}
+    assert {result.skipped for result in record.results if result.name.startswith("Adam")} == {
+        "not here: float16 has no room for the squares of gradients; keep weights in float32"
+    }
+
+
+def test_ranks_that_draw_different_batches_are_told_so() -> None:
+    record = on_two_ranks(
+        "compare_optimizers", models.by_hand, {"names": ["SGD"]}, batch=models.drawn_by_rank
+    )
+    assert record.problem == (
+        "rank 1 draws other batches than rank 0 under one seed; the ranks of a tensor-parallel group work on "
+        "one batch: do not draw by rank, or broadcast rank 0's"
+    )
+
+
 def test_an_unknown_optimizer_is_refused() -> None:
     from pytest_gputrain.tensor_parallel.golden_model import ComparisonError
     from pytest_gputrain.tensor_parallel.golden_optimizers import compare_optimizers

@@ -37,6 +37,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "phi3": families.phi3,
     "olmo2": families.olmo2,
     "neox": families.neox,
+    "bert": families.bert,
 }
 # Variants of a family that another model here has shown.
 VARIANTS = ("opt untied", "llama", "llama, eager attention", "mistral", "qwen2", "olmo2", "neox")
