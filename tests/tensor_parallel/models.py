@@ -27,7 +27,7 @@ class Attention(nn.Module):
         q, k, v = (
             layer(x).view(batch, length, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
-        mask = torch.full((length, length), -1e9, device=x.device, dtype=x.dtype).triu(1)
+        mask = torch.full((length, length), -1e4, device=x.device, dtype=x.dtype).triu(1)
         weights = (q @ k.transpose(-1, -2) * (WIDTH // HEADS) ** -0.5 + mask).softmax(-1)
         mixed: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
         return mixed

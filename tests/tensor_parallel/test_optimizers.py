@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tensor_parallel import models
-from tests.tensor_parallel.ranks import on_two_ranks
+from tests.tensor_parallel.ranks import on_two_ranks, problem_on_two_ranks
 
 
 @pytest.mark.parametrize("parallelize", [models.by_plan, models.by_hand], ids=["plan", "hand"])
@@ -28,8 +28,8 @@ def test_a_wrong_gradient_is_seen_in_what_it_does_to_weights() -> None:
 @pytest.mark.parametrize("broken", [models.careless_with_one_sample, models.not_a_number_later])
 def test_steps_see_what_one_batch_does_not(broken: Any) -> None:
     assert on_two_ranks("compare_backward", broken).problem is None
-    record = on_two_ranks("compare_optimizers", broken, {"names": ["SGD", "Adam"]})
-    assert record.problem.startswith("after 3 steps of ")
+    problem = problem_on_two_ranks("compare_optimizers", broken, {"names": ["SGD", "Adam"]})
+    assert problem.startswith("after 3 steps of ")
 
 
 def in_half_precision() -> Any:
@@ -46,10 +46,9 @@ def test_float16_takes_steps_of_sgd_alone() -> None:
 
 
 def test_ranks_that_draw_different_batches_are_told_so() -> None:
-    record = on_two_ranks(
-        "compare_optimizers", models.by_hand, {"names": ["SGD"]}, batch=models.drawn_by_rank
-    )
-    assert record.problem == (
+    drawn = models.drawn_by_rank
+    problem = problem_on_two_ranks("compare_optimizers", models.by_hand, {"names": ["SGD"]}, batch=drawn)
+    assert problem == (
         "rank 1 draws other batches than rank 0 under one seed; the ranks of a tensor-parallel group work on "
         "one batch: do not draw by rank, or broadcast rank 0's"
     )
