@@ -78,7 +78,7 @@ def watch_eager(case: TrainingCase, ctx: CheckContext, batches: Sequence[Any]) -
     _comparable(plain, repeated, kind)
     random = any(b.wrong_loss(got) or b.wrong_gradients(got) for b, got in zip(bounds, reseeded, strict=True))
     seeds = _seeds(ctx, seconds)
-    walked = eager(case, ctx, start)
+    walked = _as_far(case, ctx, start, points, batches[0])
     curve = _known(walked.train(start, batches, seeds, lambda step: None))
     broken = [step for step, loss in enumerate(curve) if not math.isfinite(loss)]
     if broken:
@@ -108,16 +108,16 @@ def control(
 ) -> list[float]:
     """The eager loss curve from weights moved by their rounding."""
     start = disturbed(baseline.start, baseline.kind, ctx.seed + number)
-    return _curve(case, ctx, start, batches, seeds_of(ctx, len(baseline.curve)))
+    return _curve(case, ctx, start, baseline.points, batches, seeds_of(ctx, len(baseline.curve)))
 
 
 def reseeded_curves(
     case: TrainingCase, ctx: CheckContext, baseline: Baseline, batches: Sequence[Any]
 ) -> list[list[float]]:
     """Eager loss curves with other random numbers, where compiled draws others as well."""
-    number = len(baseline.curve)
+    steps, (start, points) = range(len(baseline.curve)), (baseline.start, baseline.points)
     return [
-        _curve(case, ctx, baseline.start, batches, [seed_for(ctx, step, rank) for step in range(number)])
+        _curve(case, ctx, start, points, batches, [seed_for(ctx, step, rank) for step in steps])
         for rank in (_OTHER, _OTHER + 1)
     ]
 
@@ -131,9 +131,24 @@ def _seeds(ctx: CheckContext, seconds: float) -> list[int]:
 
 
 def _curve(
-    case: TrainingCase, ctx: CheckContext, start: Snapshot, batches: Sequence[Any], seeds: Sequence[int]
+    case: TrainingCase,
+    ctx: CheckContext,
+    start: Snapshot,
+    points: Sequence[Snapshot],
+    batches: Sequence[Any],
+    seeds: Sequence[int],
 ) -> list[float]:
-    return _known(eager(case, ctx, start).train(start, batches, seeds, lambda step: None))
+    side = _as_far(case, ctx, start, points, batches[0])
+    return _known(side.train(start, batches, seeds, lambda step: None))
+
+
+def _as_far(
+    case: TrainingCase, ctx: CheckContext, start: Snapshot, points: Sequence[Snapshot], batch: Any
+) -> Side:
+    """A side that has taken the single steps, as the compiled one has before its curve: steps may count."""
+    side = eager(case, ctx, start)
+    probes(side, points, batch, ctx)
+    return side
 
 
 def _known(losses: Sequence[float | None]) -> list[float]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pytest_gputrain.case import TrainingCase
 from tests.planted.broken_compile_parity import DroppingNet
-from tests.planted.plant import WIDTH, Net, case, draw, healthy
+from tests.planted.plant import WIDTH, Net, case, draw, healthy, loss
 
 
 @healthy
@@ -100,3 +100,20 @@ def compiled_by_layer() -> TrainingCase:
         return model
 
     return case("compiled_by_layer", model=Net, batch=draw, compile=compile_blocks)
+
+
+@healthy
+def loss_scaled_by_the_steps_own_count() -> TrainingCase:
+    """A schedule that only the loop knows: both sides have to be as far in it."""
+    taken: list[int] = []
+
+    def step(model: Any, optimizer: Any, micro_batches: list[Any]) -> Tensor:
+        taken.append(1)
+        found = torch.stack([loss(model, batch) for batch in micro_batches]).mean()
+        scaled = found * (1 + 4 / len(taken))
+        optimizer.zero_grad()
+        scaled.backward()
+        optimizer.step()
+        return scaled.detach()
+
+    return case("loss_scaled_by_the_steps_own_count", step=step)
