@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,14 +149,15 @@ def broken():
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     (tmp_path / "my_cases.py").write_text(CASES)
     (tmp_path / "bad_import.py").write_text("import not_there_at_all\n")
     (tmp_path / "bad_syntax.py").write_text("def f(:\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "my_cases", raising=False)
-    return "my_cases"
+    yield "my_cases"
+    sys.modules.pop("my_cases", None)  # the cases of other tests have this name as well
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_the_examples_of_tests() -> None:
     the_failure_is_the_readmes(done.stdout.splitlines())
     assert outcomes(done.stdout, "test_uneven.py") == ["FAILED"], done.stdout
     tour = outcomes(done.stdout, "test_tour.py")
-    assert tour.count("PASSED") == 12 and set(tour) == {"PASSED", "SKIPPED"}, done.stdout
+    assert tour.count("PASSED") == 16 and set(tour) == {"PASSED", "SKIPPED"}, done.stdout
     assert outcomes(done.stdout, "test_on_every_rank.py") == ["PASSED"] * 2 + ["SKIPPED"] * 2, done.stdout
     assert "needs 2 GPUs, found" in done.stdout
 
@@ -116,6 +116,7 @@ def test_every_python_file_is_run_by_one_of_these() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {
         "test_uneven.py",
         "test_on_every_rank.py",
+        "test_stays_compiled.py",  # by test_compile_example.py
         "test_tour.py",
         "my_cases.py",
         "train.py",
