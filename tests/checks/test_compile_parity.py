@@ -46,7 +46,7 @@ def head_gradient(backend: str | None) -> Tensor:
     return model.head.weight.grad
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_gradient_that_torch_itself_gets_wrong_is_found() -> None:
     torch._dynamo.reset()
     right, compiled = head_gradient(None), head_gradient("aot_eager")

@@ -11,7 +11,7 @@ from pytest_gputrain import compile_monitor
 from pytest_gputrain.compile.backend import standing_in
 from pytest_gputrain.compile.monitor import CompileMonitor
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 transformers = pytest.importorskip("transformers")
 _SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 

@@ -100,7 +100,7 @@ def test_a_branch_whose_last_step_is_short(capsys: pytest.CaptureFixture[str], t
     assert run.metrics["tokens"] == 320
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_users_case_is_compiled_as_it_says(capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(capsys, "--device=cpu", "--steps=2", "--case=pytest_gputrain.reference.opt:case", *COMPILED)
     assert run.metrics["validation"]["is_compiled"]

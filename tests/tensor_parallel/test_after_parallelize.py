@@ -110,7 +110,7 @@ def test_weights_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["case", "case_odd"])
+@pytest.mark.parametrize("which", ["case", pytest.param("case_odd", marks=pytest.mark.nightly)])
 def test_opt125m_in_full_size(which: str) -> None:
     def errors() -> dict[str, float]:
         from pytest_gputrain.reference import opt125m

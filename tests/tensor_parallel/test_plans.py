@@ -84,7 +84,7 @@ def test_every_family_is_as_one_process(world_size: int) -> None:
     judge(TRIALS[world_size], world_size)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_variants_of_a_family_are_as_one_process() -> None:
     judge([(VARIANTS, {}, "even"), (("mistral", "qwen2"), SEQUENCE, "odd")], 2)
 
