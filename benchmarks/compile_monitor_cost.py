@@ -23,7 +23,7 @@ from benchmarks._harness import options, report
 from pytest_gputrain.launch import Launcher, shutdown
 
 DEPTH, BATCH_SIZE, SEQUENCE_LENGTH = 4, 4, 64
-ROUNDS, STEPS, WARM_UP = 20, 40, 5
+ROUNDS, STEPS, WARM_UP = 7, 40, 5
 CLAIM = 1.0  # per cent
 TIMEOUT = 1800.0
 OFF, ON, AGAIN = "off", "monitor", "off, again"
