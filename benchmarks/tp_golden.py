@@ -10,7 +10,7 @@
 - Beside it what is usual: ``torch.testing.assert_close`` on the logits alone, over the planted programs of
   ``tests/planted``: how many broken ones it sees, and how many ``tp_*`` checks see.
 
-Claims: full size under 60 s and 8 GB, tiny under 5 s, simulated under 10 s; errors of tiny OPT up to 1e-4, 1e-10.
+Claims: full size under 60 s and 8 GB, tiny under 5 s, simulated under 10 s; errors of tiny OPT 1e-4, 1e-10.
 """
 
 from __future__ import annotations
