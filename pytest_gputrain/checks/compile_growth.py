@@ -94,8 +94,13 @@ def reason_of(recompile: Recompile) -> str:
     """Dynamo's words, without its advice: why the earlier graph that was nearest to fit did not fit."""
     every = recompile.reasons or (recompile.reason,)
     # Of two modes, training and evaluation, one never fits; the other's reason is the one that matters.
-    near = [reason for reason in every if not _MODE.search(reason)] or list(every)
+    near = [reason for reason in every if not _MODE.search(_guard(reason))] or list(every)
     return near[0].partition(" (HINT:")[0]
+
+
+def _guard(reason: str) -> str:
+    """Without the user's line of code, which dynamo puts behind it: that may say anything."""
+    return re.split(r"\s# ", reason, maxsplit=1)[0]
 
 
 def _other_shapes(unit: Unit, units: list[Unit]) -> str:
@@ -128,7 +133,7 @@ def likely(found: list[Growth], units: list[Unit]) -> str:
         return (
             "torch.compile, or torch.compiler.reset(), is called in every step; compile once, before the loop"
         )
-    reason = reason_of(one.recompiles[0])
+    reason = _guard(reason_of(one.recompiles[0]))
     for pattern, words in _LIKELY:
         if re.search(pattern, reason):
             return _about_sizes(one, units) if words is _SIZES else words

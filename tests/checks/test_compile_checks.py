@@ -11,7 +11,7 @@ import torch
 
 from pytest_gputrain.case import CaseError
 from pytest_gputrain.checks import CheckResult, run_checks
-from pytest_gputrain.checks.compile_growth import generalises, growth, reason_of
+from pytest_gputrain.checks.compile_growth import Growth, generalises, growth, likely, reason_of
 from pytest_gputrain.checks.compile_loop import Unit
 from pytest_gputrain.checks.made_by import named, watched_loaders, who_makes
 from pytest_gputrain.compile.records import CompileReport, Graph, Recompile
@@ -141,6 +141,23 @@ def test_the_reason_is_not_that_of_the_other_mode() -> None:
         number=2,
     )
     assert reason_of(recompile) == "self.calls == 3"
+
+
+def test_the_users_code_behind_a_guard_gives_no_advice() -> None:
+    reason = "self.calls == 3  # loss = loss * self.calls if loss is not None else None"
+    recompile = Recompile(
+        compile_id="0/1",
+        function="forward",
+        location="model.py:1 in forward",
+        called_from=None,
+        reason=reason,
+        reasons=(reason,),
+        step=5,
+        phase="train",
+        number=1,
+    )
+    found = Growth(unit(5, (1, 2)), (graph(),), (recompile,))
+    assert likely([found], [unit(0, (0, 1))]).startswith("a number, string or object that changes")
 
 
 def test_who_makes_batches() -> None:
