@@ -284,5 +284,5 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     assert launch(tempfile.gettempdir).values == [str(tmp_path)] * 2
-    # Importing torch._dynamo, as the server does, makes the cache that torch keeps for a user, if it is missing.
+    # Importing torch._dynamo, as the server does, makes the cache folder that torch keeps for a user.
     assert [name for name in os.listdir(tmp_path) if not name.startswith("torchinductor_")] == []
