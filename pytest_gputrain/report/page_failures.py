@@ -7,6 +7,7 @@ remains is a line, and what remains of those is counted. All is in ``report.json
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +114,7 @@ def _in_full(test: Mapping[str, Any]) -> Failure:
         cut_line(clean(test["id"]), 600),
         test["outcome"],
         cut_line(head or title(test), _TITLE),
-        cut(rest.strip("\n"), _MESSAGE),
+        cut(textwrap.dedent(rest.strip("\n")), _MESSAGE),
         duration(test.get("seconds") or 0.0),
         test.get("machine") or 0,
         clean(test.get("worker") or ""),

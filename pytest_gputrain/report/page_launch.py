@@ -11,7 +11,7 @@ from typing import Any
 
 from pytest_gputrain.report.page_text import clean, cut, cut_line, link, ranges
 from pytest_gputrain.report.page_timeline import timeline
-from pytest_gputrain.report.quantities import duration, plural, quantity
+from pytest_gputrain.report.quantities import duration, quantity
 
 _MOST_ROWS, _MOST_TEXTS = 40, 4
 _STACK, _LOG, _LAST = 4000, 2500, 300
@@ -75,11 +75,11 @@ def launch_of(told: Mapping[str, Any]) -> Launch:
         _texts(ranks, "log_tail", _LOG),
     )
     notes = [
-        f"{plural(len(found) - most, word)} more in report.json."
+        f"{len(found) - most:,} more {word} in report.json."
         for found, most, word in (
-            (rows, _MOST_ROWS, "row"),
-            (stacks, _MOST_TEXTS, "other stack"),
-            (logs, _MOST_TEXTS, "other log"),
+            (rows, _MOST_ROWS, "rows"),
+            (stacks, _MOST_TEXTS, "stacks"),
+            (logs, _MOST_TEXTS, "logs"),
         )
         if len(found) > most
     ]

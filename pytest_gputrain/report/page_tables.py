@@ -151,7 +151,8 @@ def figures(test: Mapping[str, Any], most: int) -> list[str]:
     for name in names[:most]:
         value, unit = metrics[name].get("value"), str(metrics[name].get("unit") or "")
         if isinstance(value, (int, float)):
-            said = "" if unit and unit == name.replace("_per_", "/").replace("second", "s") else f"{name} "
+            plain = name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
+            said = "" if unit and unit == name.replace("_per_", "/").replace("second", "s") else f"{plain} "
             found.append(cut_line(clean(said + quantity(value, unit)), 60))
     return found
 

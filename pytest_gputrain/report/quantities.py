@@ -23,7 +23,8 @@ def fitting(unit: str, largest: float) -> tuple[float, str]:
 def quantity(value: float, unit: str = "") -> str:
     """``1.5 GiB``, ``12.3 ms``, ``45,120 tokens/s``, ``3``. What is not finite is said, not rounded."""
     divisor, name = fitting(unit, value)
-    return f"{number(value / divisor)} {name}".rstrip()
+    # Three digits say as much of sizes and times as a reader can use.
+    return f"{number(value / divisor, 3 if name != unit else 4)} {name}".rstrip()
 
 
 def number(value: float, digits: int = 4) -> str:
