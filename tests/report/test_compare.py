@@ -128,7 +128,7 @@ def test_three_nights_tell_their_own_spread() -> None:
     (worse,) = compare(nights[-1], new, earlier=nights[:-1]).worse
     assert worse.text == (
         "tokens_per_second[gpt-stable_training] is 10.0 % below the median of the last 3 of 3 good nights "
-        "(2026-11-26, 4d1c2ab): 900 against 1,000 tokens/s; noise explains ±7.6 %"
+        "(2026-11-26, 4d1c2ab): 900 against 1,000 tokens/s; noise explains ±7.7 %"
     )
 
 
@@ -159,7 +159,8 @@ def test_nights_in_their_order_and_what_cannot_be_read(tmp_path: Path) -> None:
     [
         ("[]", "is no report of gputrain (its schema is not 'gputrain.report')"),
         ('{"schema": "gputrain.report", "version": 7}',
-         "is of version 7 of the report, this reads version 1; use the gputrain that wrote it, or write it again"),
+         "is of version 7 of the report, this reads version 1; use the gputrain that wrote it, or write it "
+         "again"),
         ('{"schema": "gputrain.report", "version": 1}',
          "is no whole report: it lacks verdict, session, machines, tests"),
     ],
