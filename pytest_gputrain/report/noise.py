@@ -11,8 +11,8 @@ throughput is as far away as twice; of losses, which may be 0 or less, the diffe
 with the kind's own ``prior`` as if that had been seen in ``PRIOR_NIGHTS`` nights more (the deviation of three
 nights alone is, by luck, a fifth of the true one as often as 1 in 25). From six on the night farthest from
 the middle is left out: one bad night must not blind the gate for ten. k is Student's t, one-sided 1 in 200,
-with as many degrees of freedom. The new value is compared with the median of the last three: a single night may
-have been a lucky one, and older ones are of older code.
+with as many degrees of freedom. The new value is compared with the median of the last three: a single
+night may have been a lucky one, and older ones are of older code.
 
 *Fewer nights.* Nothing is known about nights: k is 3, and the least change is larger.
 
