@@ -69,12 +69,12 @@ def stems(points: Sequence[Point], x: Scale, y: Scale, place: int) -> str:
     return f'<path class="ln s{place % PLACES}" d="{d}"/>' if d else ""
 
 
-def level(value: float, y: Scale, label: str, place: int) -> str:
-    """A thin line across at ``value`` with its label above its right end."""
+def level(value: float, y: Scale, label: str, place: int, *, below: bool = False) -> str:
+    """A thin line across at ``value`` with its label above, or below, its right end."""
     at = y(value)
-    return f'<path class="lv s{place % PLACES}" d="M{LEFT},{_n(at)}H{WIDTH - RIGHT}"/>' + _text(
-        WIDTH - RIGHT, max(at - 4, TOP - 4), label, "lb"
-    )
+    foot = at + 11 if below else max(at - 4, TOP - 4)
+    across = f'<path class="lv s{place % PLACES}" d="M{LEFT},{_n(at)}H{WIDTH - RIGHT}"/>'
+    return across + _text(WIDTH - RIGHT, foot, label, "lb")
 
 
 def crosses(xs: Sequence[float], x: Scale, at: float) -> str:

@@ -146,7 +146,7 @@ def _body(plot: str, points: Sequence[Point], x: Scale, y: Scale, place: int, *,
         return (
             svg.dots(thin(points, MOST_DOTS), x, y, place)
             + svg.level(percentile(values, 0.95), y, "p95", 1)
-            + svg.level(percentile(values, 0.5), y, "p50", 0)
+            + svg.level(percentile(values, 0.5), y, "p50", 0, below=True)
         )
     if plot == "tp_gradient_error":
         return svg.dots(_on_paper(thin(points, 2 * MOST_DOTS), y), x, y, place)

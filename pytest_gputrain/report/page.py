@@ -16,10 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pytest_gputrain.report.page_failures import Cause, causes
-from pytest_gputrain.report.page_nights import NightBar, strip
+from pytest_gputrain.report.page_nights import NightLike, strip
 from pytest_gputrain.report.page_plots import panels
 from pytest_gputrain.report.page_tables import groups, matrix
 from pytest_gputrain.report.page_text import clean, cut_line
@@ -29,9 +29,31 @@ PAGE = "index.html"
 _FEW = 40  # tests: their table is open from the start
 
 
+class Difference(Protocol):
+    """One thing that differs from an earlier report. ``kind``: worse, better, new, gone or not comparable."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def test(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+
+
+class Differences(Protocol):
+    """What a comparison has to say. ``other``: with which report; ``notes``: what hinders the comparison."""
+
+    @property
+    def other(self) -> str: ...
+    @property
+    def marks(self) -> Sequence[Difference]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+
 @dataclass(frozen=True)
 class Mark:
-    """One thing that differs from an earlier report. ``kind``: worse, better, new, gone or not comparable."""
+    """A difference as the page shows it."""
 
     kind: str
     test: str
@@ -40,7 +62,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Compared:
-    """``other``: which report with. ``notes``: what hinders the comparison, other hardware first of all."""
+    """A comparison as the page shows it."""
 
     other: str
     marks: Sequence[Mark] = ()
@@ -51,8 +73,8 @@ def write_page(
     report: Mapping[str, Any],
     folder: Path,
     *,
-    compared: Compared | None = None,
-    nights: Sequence[NightBar] = (),
+    compared: Differences | None = None,
+    nights: Sequence[NightLike] = (),
 ) -> Path:
     """Write ``folder/index.html``, whole or not at all, and return it. ``report``: as in ``report.json``.
 
@@ -71,7 +93,7 @@ def write_page(
 
 
 def page(
-    report: Mapping[str, Any], *, compared: Compared | None = None, nights: Sequence[NightBar] = ()
+    report: Mapping[str, Any], *, compared: Differences | None = None, nights: Sequence[NightLike] = ()
 ) -> str:
     """The page as text."""
     from jinja2 import Environment
@@ -96,7 +118,9 @@ def _hash(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
-def _view(report: Mapping[str, Any], compared: Compared | None, nights: Sequence[NightBar]) -> dict[str, Any]:
+def _view(
+    report: Mapping[str, Any], compared: Differences | None, nights: Sequence[NightLike]
+) -> dict[str, Any]:
     tests: Sequence[Mapping[str, Any]] = report.get("tests") or ()
     session: Mapping[str, Any] = report.get("session") or {}
     machines = [
@@ -192,7 +216,7 @@ def _not_run(one: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _compared(compared: Compared) -> Compared:
+def _compared(compared: Differences) -> Compared:
     order = {"worse": 0, "gone": 1, "better": 2}
     marks = sorted(compared.marks, key=lambda mark: order.get(mark.kind, 3))
     shown = [

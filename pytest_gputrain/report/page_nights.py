@@ -5,12 +5,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Protocol
 
 from pytest_gputrain.report.chart_svg import picture
 from pytest_gputrain.report.page_text import clean
 from pytest_gputrain.report.quantities import duration, plural
 
 _WIDTH, _HIGH, _MOST = 720, 90, 60
+
+
+class NightLike(Protocol):
+    """What the strip shows of a night: `nights.Night` has it."""
+
+    @property
+    def date(self) -> str: ...
+    @property
+    def verdict(self) -> str: ...
+    @property
+    def passed(self) -> int: ...
+    @property
+    def failed(self) -> int: ...
+    @property
+    def skipped(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def took(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,7 @@ class NightBar:
         return duration(self.seconds)
 
 
-def strip(nights: Sequence[NightBar]) -> str:
+def strip(nights: Sequence[NightLike]) -> str:
     """SVG of the latest nights, oldest first."""
     shown = nights[-_MOST:]
     longest = max((night.seconds for night in shown), default=0.0) or 1.0
