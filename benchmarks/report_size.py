@@ -1,4 +1,4 @@
-"""The page of 10,000 tests of 8 ranks: seconds to write it, its size, and how soon Chromium can be used on it.
+"""The page of 10,000 tests of 8 ranks: seconds to write it, its size, how soon it can be used.
 
     python -m benchmarks.report_size
 
@@ -20,7 +20,8 @@ from tests.report.page_reports import large
 
 ROUNDS, TESTS, RANKS = 5, 10_000, 8
 # As long as typing in the filter takes to be answered, two frames drawn.
-FILTER = """const done = arguments[0], told = document.getElementById('told'), field = document.getElementById('filter');
+FILTER = """const done = arguments[0], told = document.getElementById('told');
+const field = document.getElementById('filter');
 new MutationObserver(() => requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now()))))
     .observe(told, {childList: true});
 field.value = 'part3'; field.dispatchEvent(new Event('input'));"""
