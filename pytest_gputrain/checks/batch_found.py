@@ -16,6 +16,7 @@ from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.ranks import alone
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, CheckSkipped, Figures
+from pytest_gputrain.report.metrics import once
 from pytest_gputrain.values import format_size
 
 # Left behind by an exception that is kept are the activations of a whole step; a cache of a mask is less.
@@ -40,6 +41,7 @@ def check_batch_size_found(case: TrainingCase, ctx: CheckContext) -> Figures:
         "budget": format_size(scene.budget),
         "seconds to find": round(answers.seconds, 2),
         "notes": [*scene.notes],
+        "metrics": _metrics(scene),
     }
     _judge_errors(answers, figures)
     _judge_traces(answers, scene, figures)
@@ -50,6 +52,19 @@ def check_batch_size_found(case: TrainingCase, ctx: CheckContext) -> Figures:
     for name, size in answers.sizes.items():
         judge_size(case, ctx, scene, size, questions[name], figures)
     return figures
+
+
+def _metrics(scene: Scene) -> Figures:
+    """Peaks, by the size that they are of: at another size other bytes are no regression.
+
+    Not the size found: its budget is chosen from the case, and on a slow machine smaller sizes do.
+    """
+    peaks = {2 * scene.minimum: scene.small_takes, scene.answer: scene.takes}
+    return {
+        f"peak_bytes_at_{size}": once(peak, unit="bytes", better="lower", spread=0.0)
+        for size, peak in peaks.items()
+        if peak is not None
+    }
 
 
 def scene_of(case: TrainingCase, ctx: CheckContext) -> Scene:

@@ -41,6 +41,7 @@ class Scene:
     ``answer`` does not divide, and global_answer; 0 where there is none. sample: bytes of a batch of one,
     which may lie around once more or less often than here. growth: of memory from step to step, with which no
     size is the largest. evaluates: whether ``loss`` can be computed in evaluation mode.
+    small_takes: bytes at twice ``minimum``, by which nights are compared: ``answer`` depends on the case.
     """
 
     budget: int
@@ -54,6 +55,7 @@ class Scene:
     sample: int = 0
     growth: Growth = NO_GROWTH
     evaluates: bool = True
+    small_takes: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -102,7 +104,8 @@ def find_scene(case: TrainingCase, ctx: CheckContext) -> Scene:
     sample = (larger - small) // minimum
     grain = max(GRAIN[ctx.device], BATCHES * sample)
     with quick_collection():
-        scene = choose(Ladder(lambda size: run(case, ctx, size, evaluating=not unable), grain), minimum)
+        ladder = Ladder(lambda size: run(case, ctx, size, evaluating=not unable), grain)
+        scene = replace(choose(ladder, minimum), small_takes=ladder.peak(2 * minimum))
         if unable:
             scene = replace(scene, evaluates=False, notes=(*scene.notes, unable))
         growth = watch(case, ctx, scene.answer, scene.budget, evaluating=scene.evaluates)

@@ -14,6 +14,7 @@ from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.ranks import alone, on_ranks
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, CheckSkipped, Figures
+from pytest_gputrain.report.metrics import measured, once, spread_of
 
 if TYPE_CHECKING:
     from pytest_gputrain.compile.speed import SpeedReport
@@ -37,7 +38,7 @@ def check_compile_speed(case: TrainingCase, ctx: CheckContext) -> Figures:
         if ctx.meter is None:
             raise CheckSkipped(NEEDS_A_GPU)
         return figures
-    problems = []
+    problems, metrics = [], {}
     for world_size in _world_sizes():
         report: SpeedReport = on_ranks(
             _measure, case, ctx, world_size=world_size, doing="timing eager and compiled in turn"
@@ -45,6 +46,9 @@ def check_compile_speed(case: TrainingCase, ctx: CheckContext) -> Figures:
         where = "" if world_size == 1 else f"{world_size} ranks: "
         problems += [f"{where}{problem}" for problem in _shortcomings(report)]
         figures |= {f"{where}{name}": value for name, value in figures_of(report).items()}
+        after = "" if world_size == 1 else f"_{world_size}_ranks"
+        metrics |= {f"{name}{after}": value for name, value in metrics_of(report).items()}
+    figures["metrics"] = metrics
     if problems:
         raise CheckFailed("\n  ".join(problems), figures)
     return figures
@@ -70,6 +74,23 @@ def figures_of(report: SpeedReport) -> Figures:
     if report.memory_ratio is not None:
         found["memory"] = round(report.memory_ratio, 3)
     return {**found, "notes": list(report.notes)} if report.notes else found
+
+
+def metrics_of(report: SpeedReport) -> dict[str, Figures]:
+    """What nights are compared by. Steps have a spread; compiling for the first time happens once."""
+    compiled = report.compiled
+    steps = measured(compiled.step_seconds, unit="s", better="lower")
+    share = (steps["spread"] or 0.0) / steps["value"]
+    speed = compiled.tokens_per_second
+    found = {
+        "step_seconds": steps,
+        "tokens_per_second": once(speed, unit="tokens/s", better="higher", spread=share * speed),
+        "speed_up": once(report.ratio.median, unit="x", better="higher", spread=spread_of(report.ratio.each)),
+        "first_compile_seconds": once(report.first_compile_seconds, unit="s", better="lower"),
+    }
+    if compiled.peak_bytes is not None:
+        found["peak_bytes"] = once(compiled.peak_bytes, unit="bytes", better="lower", spread=0.0)
+    return found
 
 
 def _world_sizes() -> list[int]:

@@ -14,6 +14,7 @@ from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import Figures
 from pytest_gputrain.checks.tp_runs import compared, fail, labelled
+from pytest_gputrain.report.metrics import once
 
 if TYPE_CHECKING:
     from pytest_gputrain.tensor_parallel.records import Accounting, Finding, Share
@@ -60,6 +61,11 @@ def figures_of(accounts: Accounting, findings: list[Finding]) -> Figures:
         "whole parameters": accounts.whole.total,
         "whole bytes": accounts.total_bytes,
         "overhead by layer": {layer.name: layer.overhead for layer in accounts.layers},
+        "metrics": {
+            "parameter_bytes_per_rank": once(
+                max(accounts.parameter_bytes, default=0), unit="bytes", better="lower", spread=0.0
+            )
+        },
         "notes": [*accounts.notes, *_layers(accounts), *(f.message for f in findings if not f.fails)],
     }
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from pytest_gputrain.cli import check_baseline
 from pytest_gputrain.cli.arguments import (
     EXIT_FAILED,
     EXIT_NOTHING_RAN,
@@ -27,6 +28,7 @@ from pytest_gputrain.cli.arguments import (
 if TYPE_CHECKING:
     from pytest_gputrain.case import TrainingCase
     from pytest_gputrain.checks import CheckResult
+    from pytest_gputrain.report.gate import Baseline
 
 LINE_WIDTH = 120  # of a message in the table; it stands below in full
 NO_CASE = (
@@ -66,6 +68,7 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add("--simulated", action="store_true", help="tensor-parallel checks on ranks simulated in one process")
     add_deadlines(check)
     add("--tp-report", type=folder, metavar="DIR", help="report of the tensor-parallel checks, a file a case")
+    check_baseline.declare(check)
     add("--json", type=file, metavar="FILE", help="also write the results there")
 
 
@@ -96,6 +99,7 @@ def _check(options: argparse.Namespace) -> int:
     try:
         for case in cases:  # all of them before the first check: bad input is told at once, not an hour later
             preflight(case, context)
+        baseline = check_baseline.opened(options, [case.name for case in cases], ids)
         if not specs:
             print(NO_CASE, flush=True)
         show = _table([case.name for case in cases], ids)
@@ -113,7 +117,7 @@ def _check(options: argparse.Namespace) -> int:
             )
     except (CaseError, LaunchUsageError) as error:
         raise UsageError(str(error)) from None
-    return _finish(results, options)
+    return _finish(results, options, baseline)
 
 
 def _selected(wanted: str | None, legal: tuple[str, ...]) -> tuple[str, ...]:
@@ -158,13 +162,21 @@ def _table(cases: list[str], checks: Sequence[str]) -> Callable[[CheckResult], N
         print(text.rstrip(), flush=True)
 
     def show(result: CheckResult) -> None:
-        figures = ", ".join(_figure(name, value) for name, value in result.figures.items() if _fits(value))
+        figures = ", ".join(_figure(name, value) for name, value in _shown(result))
         # Of what did not pass the first line says more than its figures; the full text comes below.
         said = figures if result.outcome == "passed" else _cut(_first_line(result.message))
         line(result.case, result.check, result.outcome, f"{result.seconds:.1f}", said)
 
     line("case", "check", "outcome", "seconds", "figures")
     return show
+
+
+def _shown(result: CheckResult) -> list[tuple[str, object]]:
+    return [
+        (name, value)
+        for name, value in result.figures.items()
+        if name not in check_baseline.RESERVED and _fits(value)
+    ]
 
 
 def _fits(value: object) -> bool:
@@ -186,7 +198,7 @@ def _first_line(message: str) -> str:
     return message.strip().split("\n", 1)[0]
 
 
-def _finish(results: list[CheckResult], options: argparse.Namespace) -> int:
+def _finish(results: list[CheckResult], options: argparse.Namespace, baseline: Baseline | None = None) -> int:
     bad = [result for result in results if result.outcome in ("failed", "error")]
     passed = sum(result.outcome == "passed" for result in results)
     skipped = sum(result.outcome == "skipped" for result in results)
@@ -196,13 +208,14 @@ def _finish(results: list[CheckResult], options: argparse.Namespace) -> int:
         _write_json(results, options)
     if options.tp_report is not None:
         _write_reports(results, options)
+    gate = check_baseline.judged(baseline, results, options) if baseline else None
     print(f"\n{passed} passed, {len(bad)} failed, {skipped} skipped", flush=True)
     if bad:
         return EXIT_FAILED
     if not passed:
         print("gputrain check: no check ran, which proves nothing: exit code 5", file=sys.stderr)
         return EXIT_NOTHING_RAN
-    return EXIT_OK
+    return check_baseline.exit_code(gate) if gate else EXIT_OK
 
 
 def _write_reports(results: list[CheckResult], options: argparse.Namespace) -> None:

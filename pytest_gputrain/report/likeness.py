@@ -95,7 +95,8 @@ def _gpus(machine: Json) -> str:
 
 
 def _pretended(machine: Json) -> bool:
-    return "pretended" in str(machine.get("gpu_origin") or "").lower()
+    origin = str(machine.get("gpu_origin") or "").lower()
+    return "pretended" in origin or "fake" in origin
 
 
 def _labels(test: Json) -> str:

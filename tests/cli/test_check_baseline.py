@@ -1,0 +1,85 @@
+"""``gputrain check --baseline`` on real checks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pytest_gputrain.cli import main
+from pytest_gputrain.cli.check_baseline import this_machine
+from tests.report.nights_made import entry, report
+
+CASE = """
+import torch
+from pytest_gputrain import TrainingCase
+
+def made(name, kept):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(64, 64) for _ in range(2)])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.relu(layer(x))
+                for _ in range(kept):  # activations of no use
+                    x = x * x.sigmoid()
+            return x
+
+    return TrainingCase(
+        name=name, model=Model, batch=lambda n, device: torch.randn(n, 64, device=device),
+        loss=lambda model, batch: model(batch).square().mean(),
+    )
+
+gpt = made("gpt", 0)
+fat = made("gpt", 3)
+"""
+
+
+def check(spec: str, baseline: Path, *more: str) -> int:
+    return main(["check", spec, "--checks", "batch_size_found", "--baseline", str(baseline), *more])
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "gated_cases.py").write_text(CASE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_memory_that_a_change_costs_is_caught(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The healthy run of the same code is green; the one with more activations is not."""
+    out = folder / "out.json"
+    spec = "gated_cases:gpt"
+    assert main(["check", spec, "--checks", "batch_size_found", "--json", str(out)]) == 0
+    (result,) = json.loads(out.read_text())["results"]
+    metrics = result["figures"].pop("metrics")
+    night = report(entry(check="batch_size_found", metrics=metrics, figures=result["figures"]))
+    night["machines"] = [this_machine()]
+    baseline = folder / "report.json"
+    baseline.write_text(json.dumps(night))
+    assert check(spec, baseline) == 0
+    assert "== baseline: passed\nno regression from the last good night" in capsys.readouterr().out
+    assert check("gated_cases:fat", baseline) == 1
+    said = capsys.readouterr().out.partition("== baseline: failed\n")[2].splitlines()[0]
+    assert said.startswith("peak_bytes_at_") and "% above the last good night" in said
+
+
+def test_bad_baselines_end_before_anything_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    night = report(entry(case="other", check="batch_size_found"))
+    night["machines"] = [this_machine()]
+    baseline = folder / "report.json"
+    baseline.write_text(json.dumps(night))
+    assert check("gated_cases:gpt", baseline) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert said.err == (
+        f"gputrain check: --baseline {baseline} is no good night for this run: it has no case 'gpt'; "
+        "it has other (2026-11-28, "
+        f"{str(this_machine()['commit'])[:7]})\n"
+        if this_machine()["commit"]
+        else said.err
+    )
