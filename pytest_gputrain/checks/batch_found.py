@@ -55,16 +55,15 @@ def check_batch_size_found(case: TrainingCase, ctx: CheckContext) -> Figures:
 
 
 def _metrics(scene: Scene) -> Figures:
-    """Peaks, by the size that they are of: at another size other bytes are no regression.
+    """By size, for at another one other bytes are no regression; and what a sample more takes at any.
 
     Not the size found: its budget is chosen from the case, and on a slow machine smaller sizes do.
     """
-    peaks = {2 * scene.minimum: scene.small_takes, scene.answer: scene.takes}
-    return {
-        f"peak_bytes_at_{size}": once(peak, unit="bytes", better="lower", spread=0.0)
-        for size, peak in peaks.items()
-        if peak is not None
-    }
+    found = {2 * scene.minimum: scene.small_takes, scene.answer: scene.takes}
+    peaks = {f"peak_bytes_at_{size}": peak for size, peak in found.items() if peak is not None}
+    if scene.next_takes is not None:
+        peaks["bytes_per_sample"] = scene.next_takes - scene.takes
+    return {name: once(peak, unit="bytes", better="lower", spread=0.0) for name, peak in peaks.items()}
 
 
 def scene_of(case: TrainingCase, ctx: CheckContext) -> Scene:
