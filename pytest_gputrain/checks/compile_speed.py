@@ -38,7 +38,8 @@ def check_compile_speed(case: TrainingCase, ctx: CheckContext) -> Figures:
         if ctx.meter is None:
             raise CheckSkipped(NEEDS_A_GPU)
         return figures
-    problems, metrics = [], {}
+    problems: list[str] = []
+    metrics: Figures = {}
     for world_size in _world_sizes():
         report: SpeedReport = on_ranks(
             _measure, case, ctx, world_size=world_size, doing="timing eager and compiled in turn"
