@@ -46,7 +46,16 @@ def run(spec: Mapping[str, Any], number: int, fds: Sequence[int], parent: int) -
 
 
 def _rendezvous(spec: Mapping[str, Any], number: int) -> list[str]:
-    """Options that let the nodes of one host meet; none for one node or where the user gave an endpoint."""
+    """Options that let nodes meet: those of one host, or those that have met already; none for one node."""
+    if (node := spec.get("node")) is not None:
+        _number_ranks_by_node(node["number"])
+        return [
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={node['endpoint']}",
+            f"--rdzv-id={node['run']}",
+            f"--local-addr={node['address']}",
+            "--rdzv-conf=is_host=0",  # the store is there already
+        ]
     if not spec["simulated_nodes"]:
         return []
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -62,6 +71,24 @@ def _rendezvous(spec: Mapping[str, Any], number: int) -> list[str]:
     while not port_file.exists():  # bounded by the launch's deadline
         time.sleep(0.01)
     return ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port_file.read_text()}"]
+
+
+def _number_ranks_by_node(number: int) -> None:
+    """torch's rendezvous sorts nodes by their address; this one by the number that the user has given them.
+
+    Where torch's private parts have moved it is torch's order, which ranks tell when they start.
+    """
+    import torch.distributed.elastic.rendezvous.dynamic_rendezvous as dynamic
+
+    with contextlib.suppress(Exception):
+        original = dynamic._NodeDescGenerator.generate
+
+        def generate(self: Any, local_addr: str | None = None) -> Any:
+            made = original(self, local_addr)
+            return type(made)(made.addr, made.pid, number)
+
+        dynamic._NodeDescGenerator.generate = generate  # type: ignore[method-assign]
+        dynamic.sorted = lambda nodes: sorted(nodes, key=lambda node: node.local_id)  # type: ignore[attr-defined]
 
 
 def _replace_popen(

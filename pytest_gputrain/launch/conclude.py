@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from ..trace import stackdumps
 from . import blame, output, scene
 from .folder import Folder
+from .nodes import conclude as of_nodes
+from .nodes import seen
 from .records import Cause, Verdict
 from .result import LaunchResult
 from .supervise import Supervision
@@ -23,15 +24,14 @@ def concluded(
     ``folder`` is where the ranks have written; ``artifacts`` where it is to be found.
     """
     members = supervision.members
-    failures = [member.failed_at for member in members if member.failed_at is not None]
-    # Only torchrun ends workers by itself, after the first of them has failed.
-    first = min(failures, default=math.inf) if kind == "script" else math.inf
-    ranks = [member.result(folder, supervision.began, ended_after=first) for member in members]
-    ranks.sort(key=lambda rank: rank.rank)
+    ranks = seen.results(supervision, kind, folder)
     if artifacts.made:  # else nobody has traced
         for rank in ranks:
             stackdumps.settle(artifacts.path() / f"rank{rank.rank}", rank.rank)
     scenes = supervision.lookout.scenes
+    meeting = supervision.meeting
+    if meeting is not None:
+        ranks, scenes = of_nodes.all_ranks(meeting, ranks, scenes, folder)
     looked = ending != "complete" or any(member.echoes for member in members)
     found = blame.explain(scenes) if looked else None
     verdict, cause = judge(
@@ -45,11 +45,13 @@ def concluded(
     if found is not None and cause is not None and cause.kind == found.cause.kind:
         advice = found.advice
     for rank in ranks:
-        rank.fate = blame.fate(scenes[rank.rank]) if rank.rank in scenes else ""
+        rank.fate = blame.fate(scenes[rank.rank]) if rank.rank in scenes else rank.fate
     scene.keep(members, folder, passed=verdict is Verdict.PASSED)
     agent_output = output.read(folder / "agent0" / "stderr.log") if kind == "script" else ""
     if supervision.failed_agents and not any(member.failed for member in members):
         verdict, cause = Verdict.CRASHED, _agent_failed(supervision.failed_agents[0], agent_output)
+    if meeting is not None:
+        verdict, cause, advice = of_nodes.verdict(meeting, ranks, verdict, cause, advice)
     return LaunchResult(
         verdict, cause, ranks, artifacts, seconds, supervision.leftovers, agent_output, advice=advice
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import math
 import os
 import sys
@@ -17,6 +19,9 @@ from .conclude import concluded
 from .errors import LaunchError, LaunchUsageError, ServerLost
 from .folder import Folder
 from .member import Member
+from .nodes import post, where
+from .nodes.meet import meet
+from .nodes.meeting import PROTOCOL, NodeAbsent
 from .records import Cause, RankResult, Verdict
 from .request import LaunchDefaults
 from .result import LaunchResult
@@ -109,22 +114,24 @@ class Launcher:
     ) -> LaunchResult:
         """Runs an unmodified script (or module) under torch's elastic agent, ``nproc`` ranks a node.
 
-        Environment, ``argv``, exit code and error text are torchrun's. With ``nnodes`` above 1 and no
-        ``rdzv_endpoint`` the nodes are played on this host; with ``rdzv_endpoint="host:port"`` this host is
-        one of the nodes (``node_rank`` where the rendezvous is static). ``ranks`` of the result are this
-        host's. ``trace`` as in ``__call__``, but on by default. Raises as ``__call__`` does.
+        Environment, ``argv``, exit code and error text are torchrun's. With ``nnodes`` above 1 and
+        ``rdzv_endpoint="host:port"`` of node 0, every machine runs this call and is one of the nodes
+        (``node_rank``; without it the machine with that address is node 0). torchrun's and Slurm's variables
+        say the same where they speak of as many nodes. Else the nodes are played on this host. On node 0
+        ``ranks`` of the result are those of all nodes, on another its own; verdict and cause are node 0's
+        everywhere. ``trace`` as in ``__call__``, but on by default. Raises as ``__call__`` does.
         """
         request.linux()
         nproc = request.whole("nproc", nproc, most=512)
-        nnodes = request.whole("nnodes", nnodes, most=64)
+        nnodes = request.whole("nnodes", nnodes, most=where.MOST_NODES)
         max_restarts = request.whole("max_restarts", max_restarts, least=0)
-        simulated = nnodes if rdzv_endpoint is None else 1
         environ = self._visible(request.environment(env))
+        meets = _where(nnodes, node_rank, rdzv_endpoint, environ)
+        simulated = request.whole("nnodes", nnodes, most=64) if meets is None else 1
         if self.defaults.device == "cuda":  # share_gpu or not: a script chooses device and backend itself
             request.enough_gpus(nproc * simulated, environ)
         script = request.script_or_module(script_or_module, module)
         options = [f"--nproc-per-node={nproc}", f"--nnodes={nnodes}", f"--max-restarts={max_restarts}"]
-        options += _rendezvous(rdzv_endpoint, node_rank)
         spec = {
             "start_environ": environ,
             **self._times(timeout, stall),
@@ -133,7 +140,9 @@ class Launcher:
             "nproc": nproc,
             "agents": simulated,
             "simulated_nodes": simulated > 1,
-            "remote_nodes": nnodes > simulated,
+            "remote_nodes": meets is not None,
+            "where": dataclasses.asdict(meets) if meets else None,
+            "what": _what(nnodes, nproc, script, module),
             "max_restarts": max_restarts,
             "torchrun": [*options, "--monitor-interval=0.02"],
             "command": [*(["-m"] if module else []), script, *map(str, argv)],
@@ -178,36 +187,59 @@ class Launcher:
             folder.discard()
             raise
         result.shared_gpu = spec.get("shared_gpu")
+        result.simulated_nodes = spec["agents"] if spec.get("simulated_nodes") else 0
         if check and not result.passed:
             raise LaunchError(result)
         return result
 
 
-def _rendezvous(endpoint: str | None, node_rank: int | None) -> list[str]:
-    if endpoint is None:
-        if node_rank is not None:
-            raise LaunchUsageError(f"node_rank={node_rank!r} needs rdzv_endpoint='host:port' of node 0")
-        return []
-    host, colon, port = str(endpoint).rpartition(":")
-    if not (host and colon and port.isdigit() and int(port) < 65536):
-        raise LaunchUsageError(f"rdzv_endpoint={endpoint!r}: must be 'host:port', such as '10.0.0.1:29400'")
-    if node_rank is None:
-        return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
-    number = request.whole("node_rank", node_rank, least=0)
-    return [f"--node-rank={number}", f"--master-addr={host}", f"--master-port={port}"]
+def _where(
+    nnodes: int, node_rank: int | None, endpoint: str | None, environ: Mapping[str, str]
+) -> where.Where | None:
+    """Where the nodes meet; None where there is one, or where they are played on this host."""
+    if endpoint is not None:
+        return where.given(nnodes, node_rank, endpoint) if nnodes > 1 else None
+    if node_rank is not None:
+        raise LaunchUsageError(f"node_rank={node_rank!r} needs rdzv_endpoint='host:port' of node 0")
+    found = where.by_environment(environ) if nnodes > 1 else None
+    return found if found is not None and found.nnodes == nnodes else None
+
+
+def _what(nnodes: int, nproc: int, script: str, module: bool) -> dict[str, Any]:
+    """What has to be the same on all machines."""
+    text = b"" if module else Path(script).read_bytes()
+    return {
+        "nnodes": nnodes,
+        "nproc": nproc,
+        "script": script if module else Path(script).name,
+        "sha256": hashlib.sha256(text).hexdigest(),
+        "version": PROTOCOL,
+    }
 
 
 def _fresh(
     spec: dict[str, Any], call: bytes, size: int, folder: Folder, cancelled: Callable[[], bool] | None
 ) -> LaunchResult:
     """The launch by new ranks. Whatever happens, what it started is ended when this returns or raises."""
+    began = time.monotonic()
     members, path, mark = [Member(rank) for rank in range(size)], folder.path(), sweep.mark(spec)
     spec |= {"folder": str(path), "temporary": folder.temporary}
     if spec["kind"] == "script":
         spec["torchrun"].append(f"--log-dir={path / 'torchrun'}")
     # By the caller's environment: one server for launches of one rank and of many, whose threads differ.
-    server = client.borrow(spec.pop("start_environ"))
-    supervision = Supervision(server, members, spec, path)
+    starting = spec.pop("start_environ")
+    if spec.get("where"):
+        courier = post.borrow(where.Where(**spec["where"]), spec["timeout"])  # starts while the server does
+    server, meeting = client.borrow(starting), None
+    if spec.get("where"):
+        try:
+            meeting = meet(spec, courier)
+        except NodeAbsent as error:
+            return _never_started(str(error), size, folder, time.monotonic() - began)
+        finally:
+            if meeting is None:
+                client.give_back(server)
+    supervision = Supervision(server, members, spec, path, meeting=meeting)
     in_order = False
     try:
         supervision.start(call)
@@ -227,9 +259,17 @@ def _fresh(
         else:  # KeyboardInterrupt, a timeout's exception, a cancelled launch, a dead server
             server.close()
             sweep.kill_marked(mark)
+            if meeting is not None:
+                post.discard(meeting.post)  # the others see that this node is gone
     result = concluded(supervision, spec["kind"], ending, seconds, path, folder)
     scene.clear(members, path)
     return result
+
+
+def _never_started(why: str, size: int, folder: Folder, seconds: float) -> LaunchResult:
+    """A launch that waited in vain for another node."""
+    ranks = [RankResult(rank, "ended", fate="never started") for rank in range(size)]
+    return LaunchResult(Verdict.HUNG, Cause(None, "node", why), ranks, folder, seconds)
 
 
 def _warm(spec: dict[str, Any], call: bytes, size: int, folder: Folder) -> LaunchResult:

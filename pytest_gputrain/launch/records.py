@@ -134,6 +134,7 @@ class RankResult:
     ``LaunchResult.artifacts``. ``stacks`` is filled for ranks that were still running at the end.
     ``attached`` is what whoever ran the function on the rank attached to its exception.
     ``fate`` says in a line what the rank waits for or how far it came, where a hang was looked into.
+    ``node`` and ``host`` say on which machine it ran, where a launch had several.
     """
 
     rank: int
@@ -153,6 +154,8 @@ class RankResult:
     seconds: float = 0.0
     leftovers: list[str] = field(default_factory=list)
     attached: bytes = b""
+    node: int = 0
+    host: str | None = None
 
     @property
     def output(self) -> str:

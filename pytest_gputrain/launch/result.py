@@ -32,7 +32,8 @@ class LaunchResult:
 
     ``seconds`` runs from the fork of the first rank to the verdict.
     ``exit_code`` is what torchrun would have returned (scripts) or 0 and 1 (functions). ``shared_gpu`` says
-    so where ranks shared GPUs: no figure of such a launch counts as one of several GPUs.
+    so where ranks shared GPUs: no figure of such a launch counts as one of several GPUs. ``simulated_nodes``
+    is the number of nodes that were played on one host, else 0.
     """
 
     verdict: Verdict
@@ -44,6 +45,7 @@ class LaunchResult:
     agent_output: str = ""
     advice: str = ""
     shared_gpu: str | None = None
+    simulated_nodes: int = 0
     aftermath: Aftermath = field(default_factory=Aftermath, repr=False)
 
     @property
@@ -78,6 +80,12 @@ class LaunchResult:
         return self.verdict is Verdict.PASSED
 
     @property
+    def labels(self) -> list[str]:
+        """What has to be said wherever this result is shown."""
+        simulated = f"{self.simulated_nodes} nodes simulated on one host" if self.simulated_nodes else None
+        return [label for label in (self.shared_gpu, simulated) if label]
+
+    @property
     def exit_code(self) -> int:
         """0 if PASSED, else 1: what torchrun returns."""
         return 0 if self.passed else 1
@@ -95,12 +103,12 @@ class LaunchResult:
         Without ``printed`` it leaves out what ranks printed and where that is kept.
         """
         if self.passed:
-            shared = f" ({self.shared_gpu})" if self.shared_gpu else ""
-            return f"PASSED: {output.rank_list(r.rank for r in self.ranks)} in {self.seconds:.1f} s{shared}"
+            label = "".join(f" ({label})" for label in self.labels)
+            return f"PASSED: {output.rank_list(r.rank for r in self.ranks)} in {self.seconds:.1f} s{label}"
         if self.verdict is Verdict.SKIPPED:
             return f"SKIPPED: {self.cause}"
         lines = [f"{self.verdict} after {self.seconds:.1f} s: {self.cause}"]
-        lines += [f"  {self.shared_gpu}"] if self.shared_gpu else []
+        lines += [f"  {label}" for label in self.labels]
         lines += [f"  {line}" for line in self._others()]
         if self.likely:
             lines.append(f"  likely: {self.likely}")

@@ -15,6 +15,8 @@ from .client import ServerHandle
 from .errors import LaunchCancelled, ServerLost
 from .lookout import Lookout
 from .member import Member
+from .nodes import seen
+from .nodes.meeting import Meeting
 from .verdict import Ending
 
 TICK = 0.05
@@ -36,8 +38,9 @@ class Supervision:
         spec: dict[str, Any],
         folder: Path,
         selector: selectors.BaseSelector | None = None,
+        meeting: Meeting | None = None,
     ) -> None:
-        self.members = members
+        self.members, self.meeting = members, meeting
         self.leftovers: list[str] = []
         self.agent_exits: list[dict[str, Any]] = []
         self.failed_agents: list[dict[str, Any]] = []
@@ -53,6 +56,8 @@ class Supervision:
         self._forked = False
         self.lookout = Lookout(members, spec, folder)
         self.slow = ""
+        self._state: dict[str, Any] = {}
+        self._next_state = 0.0
 
     # -- start and end ------------------------------------------------------------------------------
 
@@ -85,24 +90,55 @@ class Supervision:
 
     def watch(self, cancelled: Callable[[], bool] | None = None) -> Ending:
         """Until there is a verdict to give. Raises ServerLost when the fork server dies, LaunchCancelled."""
+        own: Ending | None = None
         while True:
             if cancelled is not None and cancelled():
                 raise LaunchCancelled
-            deadline = self.began + self._spec["timeout"]
-            self._receive(min(TICK, max(0.0, deadline - time.monotonic())))
-            if all(member.settled for member in self.members):
-                return "complete" if all(member.report for member in self.members) else "failure"
-            if self._failed():
-                self._grace()
-                return "failure"
-            self._sample()
-            if time.monotonic() >= deadline:
-                return "deadline"
-            if (stuck := self.lookout.nobody_can_go_on(self._last_news)) is not None:
-                return stuck
-            still = time.monotonic() - max(member.last_moved for member in self._running())
-            if self._forked and still > self._spec["stall"]:
-                return "stalled"
+            late = time.monotonic() - self.began - self._spec["timeout"]
+            self._receive(min(TICK, max(0.0, -late)) if late < 0 else TICK)
+            own = own or self._ending()
+            if self.meeting is None:
+                if own is not None:
+                    return own
+            elif (decided := self._decided_by_all(self.meeting, own, late)) is not None:
+                return decided
+
+    def _ending(self) -> Ending | None:
+        """What the ranks of this machine have come to; None while they may go on."""
+        if all(member.settled for member in self.members):
+            return "complete" if all(member.report for member in self.members) else "failure"
+        if self._failed():
+            self._grace()
+            return "failure"
+        self._sample()
+        if time.monotonic() >= self.began + self._spec["timeout"]:
+            return "deadline"
+        if (stuck := self.lookout.nobody_can_go_on(self._last_news)) is not None:
+            return stuck
+        # Where there are other machines, ranks that wait for theirs are still while those move.
+        if self.meeting is None and self._forked and self._still() > self._spec["stall"]:
+            return "stalled"
+        return None
+
+    def _still(self) -> float:
+        """Seconds since any running rank of this machine moved."""
+        return time.monotonic() - max((member.last_moved for member in self._running()), default=0.0)
+
+    def _decided_by_all(self, meeting: Meeting, own: Ending | None, late: float) -> Ending | None:
+        if (now := time.monotonic()) >= self._next_state:
+            self._next_state = now + SAMPLE_EVERY
+            self._state = seen.state(self.members, self._folder)
+        # Ranks that are done hold nobody up, and move no more.
+        state = {**self._state, "still": self._still() if self._forked else 0.0, "stall": self._spec["stall"]}
+        decided = meeting.decide(own, state, self._look_for_all, late)
+        if decided in ("complete", "failure") and meeting.leads and own is None:
+            self._receive(0.0)  # what its own ranks have said until now counts
+        return decided
+
+    def _look_for_all(self) -> dict[int, Any]:
+        """Where the ranks of this machine are, in the form in which it travels."""
+        observe.dump(self._running(), self._folder)
+        return seen.scenes(self.lookout.look(), self.members, self._spec)
 
     def end(self, ending: Ending) -> None:
         """Lets ranks go that are done, ends all others and everything they started."""
@@ -113,6 +149,8 @@ class Supervision:
             self._look_closely(ending)
         elif any(member.echoes for member in self.members):
             self.lookout.look()
+        if self.meeting is not None:
+            self.meeting.exchange(seen.report(self, self._spec, self._folder))
         if ending == "complete" or not self._running():
             self._release()
         else:
@@ -263,7 +301,10 @@ class Supervision:
     def _look_closely(self, ending: Ending) -> None:
         """Stacks of what still runs, and whether it moves: before it is ended."""
         running = self._running()
-        if ending not in ("deserted", "deadlocked"):  # those were decided by a look that is to be shown
+        if self.meeting is not None or ending not in (
+            "deserted",
+            "deadlocked",
+        ):  # those were decided by a look that is to be shown
             observe.dump(running, self._folder)
             self.lookout.look()
         if ending != "deadline":
