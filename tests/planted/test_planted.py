@@ -77,6 +77,14 @@ NIGHTLY = (
     "tied_weights_compiled",
     "compiled_by_layer",
     "timed_by_step",
+    "schedule_made_dynamic_by_torch",
+    "state_space_scan",
+    "timed_by_reading_the_loss",
+    "second_graph_for_evaluation",
+    "keys_and_values_kept_in_evaluation",
+    "dropout_from_another_stream",
+    "queue_of_the_last_hundred",
+    "tied_weights_and_fixed_padding",
 )
 MINUTES = ("gpt2", "llama", "bert", "reference_opt", "reference_gpt", "conditional_collective")
 
