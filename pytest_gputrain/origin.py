@@ -13,8 +13,8 @@ from pathlib import Path
 GIT_TIMEOUT = 5.0
 
 
-def origin() -> dict[str, str | int | None]:
-    """Return the machine, the versions, the commit of the working directory and the time, as plain JSON."""
+def origin(folder: Path | None = None) -> dict[str, str | int | None]:
+    """Return the machine, the versions, the commit of ``folder`` (the working directory) and the time, as JSON."""
     from pytest_gputrain.devices import describe_found
 
     return {
@@ -25,7 +25,7 @@ def origin() -> dict[str, str | int | None]:
         "python": platform.python_version(),
         "torch": _version("torch"),
         "pytest_gputrain": _version("pytest-gputrain"),
-        "commit": commit(Path.cwd()),
+        "commit": commit(folder or Path.cwd()),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 

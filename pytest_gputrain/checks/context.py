@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,14 @@ SHARED_GPU: ContextVar[str | None] = ContextVar("gputrain_shared_gpu", default=N
 
 # Where a pytest session with --gputrain-report keeps what the compile checks saw.
 SESSION_COMPILE_REPORT: ContextVar[str | None] = ContextVar("gputrain_session_compile_report", default=None)
+
+# Who is told of every result, with its context, as it comes: a report that is being recorded.
+SESSION_RESULTS: ContextVar[Callable[[Any, CheckContext], None] | None] = ContextVar(
+    "gputrain_session_results", default=None
+)
+
+# The folder of that report, for what a check leaves beside it.
+SESSION_REPORT: ContextVar[str | None] = ContextVar("gputrain_session_report", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.case.loading import describe
-from pytest_gputrain.checks.context import SHARED_GPU, CheckContext
+from pytest_gputrain.checks.context import SESSION_RESULTS, SHARED_GPU, CheckContext
 from pytest_gputrain.checks.result import (
     CheckFailed,
     CheckOutcome,
@@ -126,7 +126,10 @@ def _run(check_id: str, body: _Body, case: TrainingCase, ctx: CheckContext) -> C
         outcome, message = "error", f"the check itself failed: {describe(error)}"
     if shared := SHARED_GPU.get():
         figures = {**figures, "shared_gpu": shared}
-    return CheckResult(check_id, case.name, outcome, message, figures, time.monotonic() - started)
+    result = CheckResult(check_id, case.name, outcome, message, figures, time.monotonic() - started)
+    if (told := SESSION_RESULTS.get()) is not None:
+        told(result, ctx)
+    return result
 
 
 def _outcome(ended: CheckOutcome) -> Outcome:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..devices.visible import VARIABLE
-from . import client, payload, request, scene, sweep, warm
+from . import client, payload, request, scene, sweep, told, warm
 from .aftermath import Aftermath
 from .conclude import concluded
 from .errors import LaunchError, LaunchUsageError, ServerLost
@@ -188,6 +188,7 @@ class Launcher:
             raise
         result.shared_gpu = spec.get("shared_gpu")
         result.simulated_nodes = spec["agents"] if spec.get("simulated_nodes") else 0
+        told.tell(result)
         if check and not result.passed:
             raise LaunchError(result)
         return result

@@ -36,6 +36,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
         config.pluginmanager.register(terminal.Ledger(resolved.require_gpus or 0), "gputrain-ledger")
         config.pluginmanager.register(LeaseTimeline(resolved.report), "gputrain-timeline")
+    if resolved.report is not None:
+        from pytest_gputrain.plugin import recording
+
+        config.pluginmanager.register(recording.Recording(config, resolved.report), recording.NAME)
     config.pluginmanager.register(leasing.LeaseSession(), "gputrain-leases")
     config.pluginmanager.register(FirstLook(), "gputrain-first-look")
     if hasattr(config.hook, "pytest_testnodedown"):  # whatever name xdist was loaded by

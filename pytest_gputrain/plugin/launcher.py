@@ -99,6 +99,9 @@ class PytestLauncher(Launcher):
         """Leave what the report has to say about a launch, whatever it came to."""
         if result.shared_gpu:
             properties.add(self._node, properties.SHARED, result.shared_gpu)
+        properties.add(self._node, properties.VERDICT, result.verdict)
+        if result.cause is not None:
+            properties.add(self._node, properties.CAUSE, str(result.cause).partition("\n")[0])
         note_launch(self._node, result, kept=self.defaults.artifacts is not None)
 
     def _skip(self, reason: str) -> None:

@@ -16,6 +16,9 @@ LEASE = "gputrain_lease"
 ARTIFACTS = "gputrain_artifacts"
 PEAK_MEMORY = "gputrain_peak_memory"
 COMPILED = "gputrain_compiled"
+VERDICT = "gputrain_verdict"
+CAUSE = "gputrain_cause"
+OUTCOME = "gputrain_outcome"
 
 
 def add(item: pytest.Item, name: str, value: object) -> None:
