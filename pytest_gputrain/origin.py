@@ -14,7 +14,10 @@ GIT_TIMEOUT = 5.0
 
 
 def origin(folder: Path | None = None) -> dict[str, str | int | None]:
-    """Return the machine, the versions, the commit of ``folder`` (the working directory) and the time, as JSON."""
+    """Return the machine, the versions, the commit of ``folder`` and the time, as plain JSON.
+
+    folder: the working directory where none is given.
+    """
     from pytest_gputrain.devices import describe_found
 
     return {

@@ -10,12 +10,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pytest_gputrain.cli import branches, check, diagnose, doctor, find_batch
+from pytest_gputrain.cli import branches, check, diagnose, doctor, find_batch, report
 from pytest_gputrain.cli.arguments import EXIT_INTERRUPTED, EXIT_USAGE, Parser, UsageError
 from pytest_gputrain.variables import unknown
 
 # Each has `declare(commands)`, which adds its parser with `run` as a default: options -> exit code.
-_SUBCOMMANDS = (check, find_batch, branches, diagnose, doctor)
+_SUBCOMMANDS = (check, report, find_batch, branches, diagnose, doctor)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

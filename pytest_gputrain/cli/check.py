@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from pytest_gputrain.cli import check_baseline
+from pytest_gputrain.cli import check_baseline, check_report
 from pytest_gputrain.cli.arguments import (
     EXIT_FAILED,
     EXIT_NOTHING_RAN,
@@ -28,7 +28,7 @@ from pytest_gputrain.cli.arguments import (
 if TYPE_CHECKING:
     from pytest_gputrain.case import TrainingCase
     from pytest_gputrain.checks import CheckResult
-    from pytest_gputrain.report.gate import Baseline
+    from pytest_gputrain.report.gate import Baseline, Gate
 
 LINE_WIDTH = 120  # of a message in the table; it stands below in full
 NO_CASE = (
@@ -68,6 +68,7 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add("--simulated", action="store_true", help="tensor-parallel checks on ranks simulated in one process")
     add_deadlines(check)
     add("--tp-report", type=folder, metavar="DIR", help="report of the tensor-parallel checks, a file a case")
+    check_report.declare(check)
     check_baseline.declare(check)
     add("--json", type=file, metavar="FILE", help="also write the results there")
 
@@ -82,12 +83,15 @@ def _check(options: argparse.Namespace) -> int:
     ids = _selected(options.checks, tuple(all_check_ids()))
     options.share_gpu = options.share_gpu or flag_of("GPUTRAIN_SHARE_GPU")
     _require_gpus(options)
+    check_report.implied(options)
     given = [*options.specs, *(options.gputrain_case or ())]
     specs = given or os.environ.get("GPUTRAIN_CASE", "").replace(",", " ").split()
     cases = _cases(specs)
-    if options.stall is not None or options.share_gpu:
+    if options.stall is not None or options.share_gpu or options.report is not None:
         stall = {} if options.stall is None else {"stall": options.stall}
-        SESSION_LAUNCHER.set(Launcher(defaults=LaunchDefaults(share_gpu=options.share_gpu, **stall)))
+        kept = None if options.report is None else options.report / "launches"
+        defaults = LaunchDefaults(share_gpu=options.share_gpu, artifacts=kept, **stall)
+        SESSION_LAUNCHER.set(Launcher(defaults=defaults))
     context = CheckContext(
         device=options.device,
         world_size=options.world_size,
@@ -103,21 +107,28 @@ def _check(options: argparse.Namespace) -> int:
         if not specs:
             print(NO_CASE, flush=True)
         show = _table([case.name for case in cases], ids)
-        for case in cases:
-            results += run_checks(
-                case,
-                checks=None if options.checks is None else list(ids),
-                device=options.device,
-                world_size=options.world_size,
-                timeout=options.timeout,
-                compile_backend=options.compile_backend,
-                compile_report=options.compile_report,
-                simulated=options.simulated,
-                on_result=show,
-            )
+        with check_report.recording(options, [case.name for case in cases], ids) as recording:
+
+            def tell(result: CheckResult) -> None:
+                recording.result(result)
+                show(result)
+
+            for case in cases:
+                recording.begin_case(case)
+                results += run_checks(
+                    case,
+                    checks=None if options.checks is None else list(ids),
+                    device=options.device,
+                    world_size=options.world_size,
+                    timeout=options.timeout,
+                    compile_backend=options.compile_backend,
+                    compile_report=options.compile_report,
+                    simulated=options.simulated,
+                    on_result=tell,
+                )
+            return _finish(results, options, recording, baseline)
     except (CaseError, LaunchUsageError) as error:
         raise UsageError(str(error)) from None
-    return _finish(results, options, baseline)
 
 
 def _selected(wanted: str | None, legal: tuple[str, ...]) -> tuple[str, ...]:
@@ -198,7 +209,12 @@ def _first_line(message: str) -> str:
     return message.strip().split("\n", 1)[0]
 
 
-def _finish(results: list[CheckResult], options: argparse.Namespace, baseline: Baseline | None = None) -> int:
+def _finish(
+    results: list[CheckResult],
+    options: argparse.Namespace,
+    recording: check_report.Recording,
+    baseline: Baseline | None = None,
+) -> int:
     bad = [result for result in results if result.outcome in ("failed", "error")]
     passed = sum(result.outcome == "passed" for result in results)
     skipped = sum(result.outcome == "skipped" for result in results)
@@ -209,7 +225,13 @@ def _finish(results: list[CheckResult], options: argparse.Namespace, baseline: B
     if options.tp_report is not None:
         _write_reports(results, options)
     gate = check_baseline.judged(baseline, results, options) if baseline else None
+    code = _exit_code(bool(bad), bool(passed), gate)
+    recording.end(code, gate=gate)
     print(f"\n{passed} passed, {len(bad)} failed, {skipped} skipped", flush=True)
+    return code
+
+
+def _exit_code(bad: bool, passed: bool, gate: Gate | None) -> int:
     if bad:
         return EXIT_FAILED
     if not passed:

@@ -63,36 +63,20 @@ def exit_code(gate: Gate) -> int:
 
 def entry(result: CheckResult, options: argparse.Namespace) -> dict[str, Any]:
     """The result as an entry of report.json."""
-    figures = {name: value for name, value in result.figures.items() if name not in RESERVED}
-    labels = ["simulated"] if "simulated ranks" in figures else []
-    labels += [str(figures["shared_gpu"])] if figures.get("shared_gpu") else []
-    return {
-        "id": f"{result.case}::{result.check}",
-        "kind": "check",
-        "case": result.case,
-        "check": result.check,
-        "device": options.device,
-        "outcome": result.outcome,
-        "message": result.message,
-        "seconds": result.seconds,
-        "machine": 0,
-        "labels": labels,
-        "figures": figures,
-        "metrics": dict(result.figures.get("metrics") or {}),
-    }
+    from pytest_gputrain.cli.check_report import test_of
+    from pytest_gputrain.report.codec import encode
+    from pytest_gputrain.report.known import Known
+
+    known = Known()
+    known.add_figures(result.figures, simulated=options.simulated)
+    found: dict[str, Any] = encode(test_of(result, options.device, known))
+    return found
 
 
 def this_machine() -> dict[str, Any]:
     """What has to be alike for figures to be compared."""
-    from pytest_gputrain.devices import discover
-    from pytest_gputrain.origin import origin
+    from pytest_gputrain.report import machine
+    from pytest_gputrain.report.codec import encode
 
-    found, inventory = origin(), discover()
-    return {
-        "cpu": found["cpu"],
-        "cores": found["cpu_cores"],
-        "torch": found["torch"],
-        "gpus": [{"name": gpu.name} for gpu in inventory.gpus],
-        "gpu_origin": inventory.source,
-        "commit": found["commit"],
-    }
+    found: dict[str, Any] = encode(machine.this_machine(Path.cwd()))
+    return found

@@ -173,7 +173,7 @@ def _message(report: pytest.TestReport) -> str:
 def _bound(item: pytest.Item) -> tuple[str | None, str | None, str | None]:
     """Case, check and device of a test that is made for a check, known even where it skips."""
     parameters = getattr(getattr(item, "callspec", None), "params", {})
-    check = parameters.get("check")
+    check: Any = parameters.get("check")
     if not all(hasattr(check, name) for name in ("id", "case", "ctx")):
         return None, None, None
     return str(check.case.name), str(check.id), str(check.ctx.device)

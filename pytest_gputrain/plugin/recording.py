@@ -20,13 +20,13 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 
 from pytest_gputrain.plugin import properties
 from pytest_gputrain.plugin.leasing import say
 from pytest_gputrain.plugin.recorded import TestRecord
 from pytest_gputrain.report import records
+from pytest_gputrain.report.earlier import clear
 from pytest_gputrain.report.machine import this_machine
 from pytest_gputrain.report.reading import VERSION, ReportError
 
@@ -45,7 +45,7 @@ class Recording:
         workerinput: dict[str, Any] = getattr(config, "workerinput", {})  # set by xdist
         self.folder = folder
         self.worker: str | None = workerinput.get("workerid")
-        self.session = workerinput.get(SESSION) or f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+        self.session = workerinput.get(SESSION) or records.new_session()
         self._config = config
         self._recorder: records.Recorder | None = None
         self._test: TestRecord | None = None
@@ -70,9 +70,14 @@ class Recording:
     def _begin(self, config: pytest.Config) -> None:
         host = platform.node()
         if self.worker is None:
-            self._clear(host)
+            clear(self.folder, host)
         self._recorder = recorder = records.Recorder(self.folder, host, self.worker or records.MAIN)
-        fields: dict[str, Any] = {"version": VERSION, "session": self.session, "host": host, "pid": os.getpid()}
+        fields: dict[str, Any] = {
+            "version": VERSION,
+            "session": self.session,
+            "host": host,
+            "pid": os.getpid(),
+        }
         if self.worker is None:
             # A session inside of a test of another one, which may have the same folder from the environment.
             fields["inside"] = os.environ.get("PYTEST_CURRENT_TEST") or None
@@ -81,26 +86,15 @@ class Recording:
         recorder.line(records.BEGIN, at=time.time(), process=self.worker or records.MAIN, **fields)
         self._listen()
 
-    def _clear(self, host: str) -> None:
-        """Removes an earlier session's report and records, those of one that still runs excepted."""
-        from pytest_gputrain.report.write import forget
-
-        forget(self.folder)
-        found = [*(self.folder / records.FOLDER).glob("*.jsonl")]
-        running = {session for path in found if (session := _running(path, host))}
-        for path in found:
-            if _session_of(path) not in running:
-                path.unlink(missing_ok=True)
-
     def _listen(self) -> None:
         if sys.platform == "linux":  # elsewhere nothing is launched
             from pytest_gputrain.launch.told import listeners
 
             listeners.append(self._launched)
-        if self.worker is None and threading.current_thread() is threading.main_thread():
-            # CI cancels with it, and Python would end at once, without a report.
-            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-                self._terminated = signal.signal(signal.SIGTERM, _on_sigterm)
+        here = self.worker is None and threading.current_thread() is threading.main_thread()
+        # CI cancels with it, and Python would end at once, without a report.
+        if here and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            self._terminated = signal.signal(signal.SIGTERM, _on_sigterm)
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         """Also of pytest.exit, and of what a plugin or too many failures stop."""
@@ -130,9 +124,7 @@ class Recording:
         self._unlisten()
         try:
             fields = {"interrupted": self._interrupted, "reason": self._reason, "outcomes": self._outcomes}
-            recorder.line(
-                records.END, at=time.time(), exit_code=exit_code, workers=self._workers, **fields
-            )
+            recorder.line(records.END, at=time.time(), exit_code=exit_code, workers=self._workers, **fields)
             recorder.close()
             if self.worker is None:
                 self._write()
@@ -256,33 +248,3 @@ def _last_line(text: str) -> str:
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     said = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
     return (said or lines or ["no reason given"])[-1]
-
-
-def _head(path: Path) -> dict[str, Any]:
-    try:
-        found = records.read_file(path)
-    except ReportError:
-        return {}
-    return dict(found.begin) if found is not None else {}
-
-
-def _session_of(path: Path) -> str | None:
-    return _head(path).get("session")
-
-
-def _running(path: Path, host: str) -> str | None:
-    """The session of a file whose first process still runs, on this host; of others nobody here can know."""
-    head = _head(path)
-    if head.get("process") != records.MAIN or head.get("host") != host:
-        return None
-    try:
-        process = psutil.Process(int(head["pid"]))
-        began = process.create_time() <= float(head["at"]) + 1.0  # else another one with that number
-    except (psutil.Error, KeyError, ValueError):
-        return None
-    return str(head["session"]) if began and process.pid != os.getpid() or _same_process(head) else None
-
-
-def _same_process(head: dict[str, Any]) -> bool:
-    """A session inside of a test of this process."""
-    return head.get("pid") == os.getpid() and bool(os.environ.get("PYTEST_CURRENT_TEST"))

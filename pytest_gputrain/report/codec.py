@@ -57,7 +57,7 @@ def decode(kind: type[_T], document: Any, where: str = "") -> _T:
     if not isinstance(document, Mapping):
         raise _wrong(document, where or "the report", "a JSON object")
     found = {}
-    for name, read, default in _readers(kind):
+    for name, read, default in _readers(typing.cast(Any, kind)):
         place = f"{where}.{name}" if where else name
         if name in document:
             found[name] = read(document[name], place)
@@ -149,7 +149,9 @@ def _anything(value: Any, where: str) -> Any:
 
 def _wrong(value: Any, where: str, legal: str) -> ReportError:
     shown = _text(value) if not isinstance(value, str) else repr(value)
-    return ReportError(f"{where} is {shown if len(shown) <= 80 else shown[:77] + '...'}; it has to be {legal}")
+    return ReportError(
+        f"{where} is {shown if len(shown) <= 80 else shown[:77] + '...'}; it has to be {legal}"
+    )
 
 
 def _text(value: Any) -> str:

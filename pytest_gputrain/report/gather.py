@@ -248,4 +248,3 @@ def verdict_of(totals: Totals, complete: bool, ending: Ending, exit_code: int | 
 def moment(seconds: float) -> str:
     """Seconds since the epoch as ISO 8601 in UTC."""
     return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).isoformat(timespec="seconds")
-

@@ -123,5 +123,5 @@ def _thinned(series: Series) -> Series:
         return series
     last = len(series.x) - 1
     kept = [round(number * last / (MOST_POINTS - 1)) for number in range(MOST_POINTS)]
-    x, y = (tuple(values[index] for index in kept) for values in (series.x, series.y))
+    x, y = tuple(series.x[index] for index in kept), tuple(series.y[index] for index in kept)
     return Series(series.plot, series.label, series.unit, x, y)

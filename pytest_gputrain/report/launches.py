@@ -36,7 +36,7 @@ def launch_of(result: LaunchResult, folder: Path | None) -> Launch:
     return Launch(
         verdict=result.verdict.value,
         seconds=round(result.seconds, 3),
-        cause=cause and Cause(cause.rank, cause.kind, cause.message, cause.location),
+        cause=None if cause is None else Cause(cause.rank, cause.kind, cause.message, cause.location),
         likely=result.likely or None,
         ranks=_ranks(result, with_text=not good),
         artifacts=None if good or folder is None else _artifacts(result, folder),
@@ -72,7 +72,7 @@ def _cut(text: str) -> str | None:
 
 
 def _artifacts(result: LaunchResult, folder: Path) -> str | None:
-    """Where its files are, from the report's folder; None of a temporary folder, which goes with the result."""
+    """Where its files are, from the report's folder; None where they go with the result."""
     if result.folder.temporary:
         return None
     path = os.path.relpath(result.artifacts, folder)

@@ -1,9 +1,9 @@
 """What a report holds: ``report.json`` as frozen dataclasses. Imports no torch and no pytest.
 
 The JSON is these classes field by field (``report/codec.py``), and its schema, published as
-``report/schema/report-1.json``, is made from them (``report/schema.py``). Whoever writes a report may leave out
-every field that has a default here; whoever reads one ignores names it does not know, so that fields can be
-added without another version. Paths are relative to the report's folder. Times are seconds, sizes bytes,
+``report/schema/report-1.json``, is made from them (``report/schema.py``). Who writes a report may leave out
+what has a default here; who reads one ignores names it does not know, so that fields can be added without
+another version. Paths are relative to the report's folder. Times are seconds, sizes bytes,
 moments text in ISO 8601 in UTC. Numbers are finite: what is not is null in a series and text in figures.
 """
 

@@ -1,16 +1,19 @@
-"""The records of a session: a line of JSON a moment, a file a process, so that a dead process leaves its part.
+"""The records of a session, a line of JSON a moment and a file a process: a dead process leaves its part.
 
-Files are ``records/HOST-PROCESS-PID.jsonl`` in the report's folder. Each begins with a line that says whose it
-is and ends, where its process came to its end, with one that says how. A last line that was cut off is left
-out with a note; one in the middle is refused. Pure.
+Files are ``records/HOST-PROCESS-PID.jsonl`` in the report's folder. Each begins with a line that says whose
+it is and ends, where its process came to its end, with one that says how. A last line that was cut off is
+left out with a note; one in the middle is refused. Pure.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -37,10 +40,9 @@ class Recorder:
     """Appends to one process's file; each line is with the system when ``line`` returns. Raises OSError."""
 
     def __init__(self, folder: Path, host: str, process: str) -> None:
-        name = re.sub(r"[^\w.]+", "-", host)[:60]
-        self.path = folder / FOLDER / f"{name}-{process}-{os.getpid()}.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[str] = self.path.open("w", encoding="utf-8", errors="replace")
+        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        name = f"{re.sub(r'[^\w.]+', '-', host)[:60]}-{process}-{os.getpid()}"
+        self._file: IO[str] = _new_file(folder / FOLDER, name)
         self._pid = os.getpid()
 
     def line(self, event: str, **fields: Any) -> None:
@@ -50,8 +52,26 @@ class Recorder:
         self._file.write(json.dumps({"event": event, **plain(fields)}, ensure_ascii=False) + "\n")
         self._file.flush()
 
+    @property
+    def closed(self) -> bool:
+        return self._file.closed
+
     def close(self) -> None:
         self._file.close()
+
+
+def _new_file(folder: Path, name: str) -> IO[str]:
+    """A process that runs one session inside of another has a file for each."""
+    for number in itertools.count(1):
+        path = folder / (f"{name}.jsonl" if number == 1 else f"{name}-{number}.jsonl")
+        with suppress(FileExistsError):
+            return path.open("x", encoding="utf-8", errors="replace")
+    raise AssertionError("counting has no end")
+
+
+def new_session() -> str:
+    """A session's name: when it began, and the process that begins it."""
+    return f"{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}-{time.time_ns() // 1000 % 10**6:06}"
 
 
 @dataclass(frozen=True)
@@ -127,7 +147,7 @@ def _line(row: bytes, path: Path, number: int) -> dict[str, Any]:
         line = None
     if not isinstance(line, dict) or not isinstance(line.get("event"), str) or "at" not in line:
         raise ReportError(
-            f"{path}: line {number} is corrupt, and it is not the last one: the file was damaged after it was "
-            "written; remove that line to go on without what it told"
+            f"{path}: line {number} is corrupt, and it is not the last one: the file was damaged after "
+            "it was written; remove that line to go on without what it told"
         )
     return line

@@ -63,9 +63,7 @@ def _head(report: Report) -> str:
 def _not_run(report: Report) -> str:
     if not report.not_run:
         return ""
-    rows = [
-        f"- {plural(one.count, 'test')}: {_line(one.reason)}" for one in report.not_run[:_MOST_REASONS]
-    ]
+    rows = [f"- {plural(one.count, 'test')}: {_line(one.reason)}" for one in report.not_run[:_MOST_REASONS]]
     return _section("Did not run", *rows, _more(len(report.not_run), _MOST_REASONS, "reasons"))
 
 
@@ -119,7 +117,9 @@ def figures(test: Test) -> list[str]:
 def _files(report: Report) -> str:
     if not report.files:
         return ""
-    return _section("Also in the report's folder", *(f"- {_plain(f.title)}: `{f.path}`" for f in report.files))
+    return _section(
+        "Also in the report's folder", *(f"- {_plain(f.title)}: `{f.path}`" for f in report.files)
+    )
 
 
 def _section(title: str, *rows: str) -> str:

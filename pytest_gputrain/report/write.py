@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from pytest_gputrain.report import files
 from pytest_gputrain.report.compare import Comparison
+from pytest_gputrain.report.earlier import SUMMARY
 from pytest_gputrain.report.gather import gather
 from pytest_gputrain.report.model import File, Report
 from pytest_gputrain.report.nights import Night
-from pytest_gputrain.report.page import PAGE, Compared, Mark, write_page
+from pytest_gputrain.report.page import Compared, Mark, write_page
 from pytest_gputrain.report.page_nights import NightBar
 from pytest_gputrain.report.reading import REPORT
 from pytest_gputrain.report.records import FOLDER, read_records
 from pytest_gputrain.report.summary import summary
-
-SUMMARY = "summary.md"
 
 # What else this package leaves in a report's folder, by where it is.
 _BESIDE = (
@@ -54,13 +52,6 @@ def write_gathered(folder: Path, session: str | None = None) -> Report:
 def has_records(folder: Path) -> bool:
     """Whether processes of a session have written there."""
     return any((folder / FOLDER).glob("*.jsonl"))
-
-
-def forget(folder: Path) -> None:
-    """Removes an earlier report, so that a session which is killed does not leave another one's verdict."""
-    for name in (REPORT, SUMMARY, PAGE):
-        with suppress(OSError):
-            (folder / name).unlink()
 
 
 def _compared(comparison: Comparison | None) -> Compared | None:
