@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from pytest_gputrain.report import records
 from pytest_gputrain.report.reading import REPORT, ReportError
 
@@ -50,6 +48,8 @@ def _runs(one: records.Records, host: str) -> bool:
 
 def _is_process(begin: Any) -> bool:
     """Whether it is there, and is not another one with the same number."""
+    import psutil
+
     pid = begin.get("pid")
     if pid == os.getpid():  # a session inside of a test of another one
         return bool(os.environ.get("PYTEST_CURRENT_TEST"))

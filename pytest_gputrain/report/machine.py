@@ -9,8 +9,6 @@ import os
 import platform
 from pathlib import Path
 
-import psutil
-
 from pytest_gputrain.devices.inventory import FAKE_VARIABLE, discover
 from pytest_gputrain.devices.shortage import kinds
 from pytest_gputrain.devices.visible import visible_gpus
@@ -22,6 +20,8 @@ _CHANGED = "+changes"
 
 def this_machine(repository: Path) -> Machine:
     """This machine, with what is checked out in ``repository``. Takes some 20 ms, most of them git's."""
+    import psutil
+
     facts = origin(repository)
     inventory = discover()
     gpus = visible_gpus(inventory, os.environ)

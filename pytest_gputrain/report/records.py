@@ -41,7 +41,8 @@ class Recorder:
 
     def __init__(self, folder: Path, host: str, process: str) -> None:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-        name = f"{re.sub(r'[^\w.]+', '-', host)[:60]}-{process}-{os.getpid()}"
+        readable = re.sub(r"[^\w.]+", "-", host)[:60]
+        name = f"{readable}-{process}-{os.getpid()}"
         self._file: IO[str] = _new_file(folder / FOLDER, name)
         self._pid = os.getpid()
 
