@@ -250,7 +250,8 @@ def _write_reports(results: list[CheckResult], options: argparse.Namespace) -> N
         world_size=options.world_size,
         simulated=options.simulated,
     )
-    print("".join(f"\n{path}" for path in written) or "\nno tensor-parallel check ran: no report")
+    if written or options.report is None:
+        print("".join(f"\n{path}" for path in written) or "\nno tensor-parallel check ran: no report")
 
 
 def _write_json(results: list[CheckResult], options: argparse.Namespace) -> None:

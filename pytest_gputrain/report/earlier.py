@@ -21,9 +21,10 @@ def clear(folder: Path, host: str) -> None:
 
     Of another host nobody here can know: only what came to its end goes.
     """
-    for name in (REPORT, SUMMARY, PAGE):
-        with suppress(OSError):
-            (folder / name).unlink()
+    if (folder / records.FOLDER).is_dir():  # else none of these is ours: somebody's own index.html stays
+        for name in (REPORT, SUMMARY, PAGE):
+            with suppress(OSError):
+                (folder / name).unlink()
     found = {path: _read(path) for path in (folder / records.FOLDER).glob("*.jsonl")}
     running = {one.session for one in found.values() if one is not None and _runs(one, host)}
     for path, one in found.items():
