@@ -95,7 +95,7 @@ def code_of(arguments: list[str]) -> int:
         (
             [],
             "gputrain: the following arguments are required: COMMAND "
-            "(one of check, find-batch, branches, diagnose, doctor); see gputrain --help\n",
+            "(one of check, report, find-batch, branches, diagnose, doctor); see gputrain --help\n",
         ),
         (["branches"], "gputrain branches: the following arguments are required: COMMAND (one of plan, run)"),
     ],

@@ -21,7 +21,7 @@ def clear(folder: Path, host: str) -> None:
 
     Of another host nobody here can know: only what came to its end goes.
     """
-    if (folder / records.FOLDER).is_dir():  # else none of these is ours: somebody's own index.html stays
+    if (folder / REPORT).exists() or (folder / records.FOLDER).is_dir():  # else the page is somebody's own
         for name in (REPORT, SUMMARY, PAGE):
             with suppress(OSError):
                 (folder / name).unlink()

@@ -151,7 +151,7 @@ def _unfit(
         return f"it has none of the asked checks on {device} ({night.when})"
     if not any(test.get("metrics") for test in asked):
         return (
-            f"none of the asked checks measured anything in it ({night.when}); stable_training, "
+            f"none of the asked checks measured anything in it ({night.when}); "
             "batch_size_found, tp_memory and, on a GPU, compile_speed do"
         )
     return ""
