@@ -42,6 +42,7 @@ def figures_of(record: BackwardRecord) -> Figures:
         "largest relative error": worst.relative,
         "of": worst.name,
         "tolerance": worst.tolerance,
+        "collectives": str(record.communication),
         "error by layer": by_layer,
         "notes": [*record.notes, *(f"{name}: {why}" for name, why in record.not_compared)],
     }

@@ -6,6 +6,7 @@ a rank's part: forward, logits and loss are right in all of these.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +14,15 @@ import torch
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.tensor_parallel.golden_blame import blame, depart_forward
+from pytest_gputrain.tensor_parallel.golden_communication import against_plan
 from pytest_gputrain.tensor_parallel.golden_forward import departing, judge
 from pytest_gputrain.tensor_parallel.golden_gradients import Gradients, compare_gradients
+from pytest_gputrain.tensor_parallel.golden_inputs import SHAPES, inputs
 from pytest_gputrain.tensor_parallel.golden_last_digit import without_rounding
 from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError, parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.golden_rounding import gradient_rounding
+from pytest_gputrain.tensor_parallel.golden_sequence import leaves_over, sequence_is_cut
 from pytest_gputrain.tensor_parallel.golden_step import compare_step
 from pytest_gputrain.tensor_parallel.golden_vacuity import replica_findings
 from pytest_gputrain.tensor_parallel.records import BackwardRecord, GradientRecord, InputRecord
@@ -29,7 +33,8 @@ def compare_backward(
 ) -> BackwardRecord:
     """Run on every rank of ``mesh``; returns the same record on all.
 
-    The loss of one batch of the case's own length, and ``backward()``. Raises ComparisonError where nothing
+    The loss of one batch of the case's own length, and ``backward()``; then of one more of another shape,
+    told only where it is wrong. Raises ComparisonError where nothing
     can be compared, and what the case's own code raises.
     """
     pair = Pair(case, mesh, seed=seed)
@@ -56,6 +61,11 @@ def compare_backward(
         layer, cause = depart_forward(pair, batch)
         problem = f"{forward.problem}{departing(layer, cause)}"
     problem = problem or _problem(records, forward, layer, cause)
+    counted = against_plan(pair, batch)
+    told = [f"collectives: {line}" for line in counted.told()]
+    pair.notes += told
+    problem = "\n  ".join([problem, *told[:1]]) if problem else counted.problem
+    problem = problem or _other_shape(pair, order)
     if problem is None:
         # Last: where the case has a step of its own, it moves weights.
         differing = replica_findings(pair, batch)
@@ -70,10 +80,48 @@ def compare_backward(
         not_compared=tuple(_not_compared(pair, records)),
         first_layer=layer,
         first_cause=cause,
+        communication=counted,
         simulated=pair.world.simulated,
         problem=problem,
         notes=tuple(pair.notes),
     )
+
+
+def _other_shape(pair: Pair, order: list[str]) -> str | None:
+    """What is wrong with gradients of the first of other inputs that reference and plan take; collective.
+
+    The reference is asked after ``parallelize`` here, which was found to have left it as it was.
+    """
+    batch = next(iter(_other_batches(pair)), None)
+    if batch is None:
+        return None
+    pair.expect_same([batch])
+    pair.reference.zero_grad(set_to_none=True)
+    golden = pair.ask_reference(batch, gradients=True)
+    wanted = Gradients.of(pair.reference, order)
+    if pair.problem or not wanted.total:
+        return pair.problem
+    wanted = replace(wanted, rounding=gradient_rounding(pair, batch))
+    pair.parallel.zero_grad(set_to_none=True)
+    forward = judge(pair, batch, golden, pair.ask_parallel(batch, gradients=True))
+    records = without_rounding(pair, batch, wanted, compare_gradients(pair, wanted))
+    if any(record.problem for record in records) and pair.case.has_own_step and not forward.problem:
+        records = _after_own_step(pair, batch, records)
+    layer = next((record.layer for record in records if record.problem), None)
+    problem = forward.problem or _problem(records, forward, layer, "")
+    return problem and f"for an input of {forward.input_shape}, unlike the first one: {problem}"
+
+
+def _other_batches(pair: Pair) -> Iterator[Any]:
+    """Those of the forward's shapes that the reference takes and whose sequence the ranks divide."""
+    divides = [(rows, length) for rows, length in SHAPES if not length % pair.world.size]
+    for batch, _ in inputs(pair.case, [*SHAPES[:1], *divides], pair.device, pair.seed):
+        try:
+            pair.ask_reference(batch)
+        except Exception:
+            continue
+        if not (sequence_is_cut(pair, [batch]) and leaves_over(pair, batch)):
+            yield batch
 
 
 def _arrivals(model: torch.nn.Module) -> list[str]:

@@ -149,7 +149,8 @@ class _Trial:
                 raise
             # A kernel for lists of equal tensors refuses what is only partly made of DTensors.
             return OptimizerResult(name, 0, 0.0, allowed, skipped=f"not with this model: {_line(error)}")
-        worst, relative, largest = self._compare(golden, of_updates=kind in (torch.float32, torch.float64))
+        of_updates = kind in (torch.float32, torch.float64)
+        (worst, relative, largest), wrong = self._compare(golden, allowed, of_updates=of_updates)
         losses = tuple(float(next(iter(pair.world.whole(loss).values()))) for loss in path.losses)
         problem = None
         if not relative <= allowed:
@@ -157,6 +158,11 @@ class _Trial:
                 f"after {steps} steps of {name} {worst} is not where the reference's is: its update is "
                 f"off by {percent(relative)}. {largest}"
             )
+            if wrong:
+                layer = wrong[0].rpartition(".")[0]
+                problem += (
+                    f"\n  {len(wrong)} of {len(golden.significant)} parameters are off, first in {layer}"
+                )
         return OptimizerResult(
             name=name,
             steps=steps,
@@ -192,12 +198,17 @@ class _Trial:
                     optimizer.step()
         return path
 
-    def _compare(self, golden: _Path, *, of_updates: bool) -> tuple[str, float, Difference | None]:
-        """The worst parameter, its relative error on the worst rank, and where; collective."""
+    def _compare(
+        self, golden: _Path, allowed: float, *, of_updates: bool
+    ) -> tuple[tuple[str, float, Difference | None], list[str]]:
+        """The worst parameter, its relative error on the worst rank, and where; and all that are further off
+        than allowed, in the model's order. Collective.
+        """
         pair = self.pair
         reference = parameters_of(pair.reference)
         whole = {name: pair.world.whole(p) for name, p in parameters_of(pair.parallel).items()}
         found: dict[int, tuple[str, float, Difference | None]] = {}
+        wrong: dict[int, list[str]] = {rank: [] for rank in pair.world.held}
         start = {id(tensor): kept for tensor, kept in self._golden}
         for rank in pair.world.held:
             worst: tuple[str, float, Difference | None] = ("", 0.0, None)
@@ -209,10 +220,17 @@ class _Trial:
                 moved = parameter.detach() - start[id(parameter)] if of_updates else parameter.detach()
                 size = apart.norm(moved * mask)
                 one = self._distance(name, parameter.detach(), mask, got, rank)
-                if one is not None and size and not one[0] / size <= worst[1]:  # NaN is worse than any
+                if one is None or not size:
+                    continue
+                if not one[0] / size <= worst[1]:  # NaN is worse than any
                     worst = (name, one[0] / size, one[1])
+                if not one[0] / size <= allowed:
+                    wrong[rank].append(name)
             found[rank] = worst
-        return max(pair.world.merged(found), key=lambda one: one[1])
+        everywhere = {name for names in pair.world.merged(wrong) for name in names}
+        return max(pair.world.merged(found), key=lambda one: one[1]), [
+            n for n in reference if n in everywhere
+        ]
 
     def _distance(
         self, name: str, golden: torch.Tensor, mask: torch.Tensor, got: dict[str, Any], rank: int

@@ -27,6 +27,7 @@ from pytest_gputrain.tensor_parallel.golden_model import (
     storages,
 )
 from pytest_gputrain.tensor_parallel.golden_outputs import Answer, ask
+from pytest_gputrain.tensor_parallel.golden_styles import Applied, learning
 from pytest_gputrain.tensor_parallel.golden_weights import Weights, find_weights
 from pytest_gputrain.tensor_parallel.golden_world import World, world_of
 from pytest_gputrain.trace.digest import tensor_digest
@@ -35,12 +36,14 @@ from pytest_gputrain.trace.digest import tensor_digest
 class Pair:
     """reference: one process's model, moved off its initial values; parallel: after ``parallelize()``.
 
+    applied: the styles that parallelize gave to modules, where it did so by ``ParallelStyle``.
     notes: what a reader should know and is no failure. problem: what makes the pair itself wrong.
     Raises ComparisonError where there is nothing to compare.
     """
 
     parallel: nn.Module
     weights: Weights
+    applied: list[Applied]
 
     def __init__(self, case: TrainingCase, mesh: Any, *, seed: int = SEED) -> None:
         if case.parallelize is None:
@@ -96,7 +99,8 @@ class Pair:
             model = self._counterpart()
         with self.world.acting():
             self.world.spread(model)
-            self.parallel = apply(self.case, model, self.mesh)
+            with learning() as self.applied:
+                self.parallel = apply(self.case, model, self.mesh)
         # What training would go on from: nothing that is seeded after this says what ranks do on their own.
         self.random_state = torch.get_rng_state()
         self._check_independence()

@@ -8,6 +8,7 @@ the same where activations are.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -74,6 +75,7 @@ def compare_training(
     random = random_findings(pair, batches[0])
     with pair.world.alone():
         golden = _losses(pair, pair.reference, batches, epochs)
+    _refuse_nonfinite([_only(loss) for loss in golden])
     parallel = _losses(pair, pair.parallel, batches, epochs)
     world = pair.world
     by_rank = world.merged({rank: [loss[rank] for loss in parallel] for rank in world.held})
@@ -118,6 +120,17 @@ def _losses(pair: Pair, model: nn.Module, batches: Sequence[Any], epochs: int) -
 def _loss(pair: Pair, model: nn.Module, batch: Any) -> dict[int, float]:
     loss = ask(pair.case, model, batch, pair.seed).loss
     return {rank: float(one.double().mean()) for rank, one in pair.world.whole(loss).items()}
+
+
+def _refuse_nonfinite(losses: Sequence[float]) -> None:
+    """Raises ComparisonError where a single process's own loop loses its loss: NaN equals nothing."""
+    for step, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise ComparisonError(
+                f"a single process's loss is {loss} after {step} steps, so that there is no training to "
+                "compare with; mend the loop first (float16 has no room for the squares of Adam: keep "
+                "weights in float32, or lower the learning rate)"
+            )
 
 
 def _only(by_rank: dict[int, float]) -> float:
@@ -169,7 +182,8 @@ def _trajectory(record: TrainingRecord) -> str | None:
                 return (
                     f"the loss departs from the single process's after {step} steps: {losses[step]:.6g} on "
                     f"rank {rank}, not {golden:.6g} (off by {off:.2g} of it, allowed "
-                    f"{record.tolerance:.0e}); {what} wrong"
+                    f"{record.tolerance:.0e}); {what} wrong: "
+                    f"{'tp_backward and tp_optimizers name' if step else 'tp_forward names'} the layer"
                 )
     return None
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pytest_gputrain.tensor_parallel.records import LayerCollectives
 from tests.tensor_parallel import models
 from tests.tensor_parallel.ranks import on_two_ranks
 
@@ -21,6 +22,30 @@ def test_a_healthy_model_agrees(parallelize: Any) -> None:
     kinds = {weight.name: weight.kind for weight in record.weights}
     assert kinds["blocks.0.mlp.up.weight"] == kinds["blocks.0.mlp.down.weight"] == "sharded"
     assert kinds["norm.weight"] == "replicated"
+    counted = str(record.communication)
+    if parallelize is models.by_plan:
+        assert counted == "5 forward, 9 backward; as the plan says in 3 of 3 layers"
+    else:
+        assert counted.endswith("; no plan is known that could predict them: no ParallelStyle was applied")
+
+
+def test_a_module_of_the_plan_that_is_passed_by_is_named() -> None:
+    record = on_two_ranks("compare_backward", models.past_the_plan)
+    assert record.problem.splitlines()[-1] == (
+        "  collectives: blocks.1.mlp.up is in the plan, but its weights are used without calling it: none of "
+        "the plan's collectives is made there"
+    )
+
+
+def test_collectives_that_are_not_the_plans() -> None:
+    planned = {"all_reduce": 2}
+    absent = LayerCollectives("blocks.0", {}, planned, planned, planned)
+    assert absent.absent
+    assert absent.text() == "blocks.0 makes no collective forward, where the plan says 2 all_reduce"
+    fewer = LayerCollectives("blocks.0", planned, {"all_reduce": 1}, planned, planned)
+    assert fewer.departs and not fewer.absent
+    assert fewer.text() == "blocks.0 makes 1 all_reduce backward, where the plan says 2 all_reduce"
+    assert not LayerCollectives("blocks.0", planned, {"all_reduce": 3}, planned, planned, may=1).departs
 
 
 def test_several_input_shapes_are_compared() -> None:

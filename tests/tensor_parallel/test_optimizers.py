@@ -23,11 +23,19 @@ def test_a_wrong_gradient_is_seen_in_what_it_does_to_weights() -> None:
     broken = partial(models.by_hand, up={"copy": False})
     record = on_two_ranks("compare_optimizers", broken, {"names": ["SGD"]})
     assert record.problem.startswith("after 3 steps of SGD blocks.")
+    assert record.problem.endswith("parameters are off, first in embedding")
 
 
-@pytest.mark.parametrize("broken", [models.careless_with_one_sample, models.not_a_number_later])
-def test_steps_see_what_one_batch_does_not(broken: Any) -> None:
-    assert on_two_ranks("compare_backward", broken).problem is None
+def test_a_gradient_that_is_wrong_for_one_sample_only_is_seen_by_two_shapes_and_by_steps() -> None:
+    broken = models.careless_with_one_sample
+    problem = on_two_ranks("compare_backward", broken).problem
+    assert problem.startswith("for an input of (1, 5), unlike the first one: logits agree (")
+    problem = problem_on_two_ranks("compare_optimizers", broken, {"names": ["SGD", "Adam"]})
+    assert problem.startswith("after 3 steps of ")
+
+
+def test_steps_see_a_nan_that_one_batch_does_not_make() -> None:
+    broken = models.not_a_number_later
     problem = problem_on_two_ranks("compare_optimizers", broken, {"names": ["SGD", "Adam"]})
     assert problem.startswith("after 3 steps of ")
 
