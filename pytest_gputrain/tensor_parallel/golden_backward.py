@@ -65,6 +65,7 @@ def compare_backward(
     told = [f"collectives: {line}" for line in counted.told()]
     pair.notes += told
     problem = "\n  ".join([problem, *told[:1]]) if problem else counted.problem
+    del wanted, golden, answer  # as large as the model; the next ones take their place
     problem = problem or _other_shape(pair, order)
     if problem is None:
         # Last: where the case has a step of its own, it moves weights.

@@ -27,7 +27,7 @@ from pytest_gputrain.tensor_parallel.golden_model import (
     storages,
 )
 from pytest_gputrain.tensor_parallel.golden_outputs import Answer, ask
-from pytest_gputrain.tensor_parallel.golden_styles import Applied, learning
+from pytest_gputrain.tensor_parallel.golden_styles import Applied, learning, refuse_whole_inputs
 from pytest_gputrain.tensor_parallel.golden_weights import Weights, find_weights
 from pytest_gputrain.tensor_parallel.golden_world import World, world_of
 from pytest_gputrain.trace.digest import tensor_digest
@@ -101,6 +101,7 @@ class Pair:
             self.world.spread(model)
             with learning() as self.applied:
                 self.parallel = apply(self.case, model, self.mesh)
+        refuse_whole_inputs(self.applied, self.parallel)
         # What training would go on from: nothing that is seeded after this says what ranks do on their own.
         self.random_state = torch.get_rng_state()
         self._check_independence()

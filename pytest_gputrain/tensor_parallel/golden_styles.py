@@ -7,8 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ParallelStyle, RowwiseParallel
+
+from pytest_gputrain.tensor_parallel.golden_model import ComparisonError
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,36 @@ def _recording(original: Any, applied: list[Applied], within: list[Any]) -> Any:
         return result
 
     return _apply
+
+
+def refuse_whole_inputs(applied: list[Applied], model: nn.Module) -> None:
+    """Lets a row layer that is given all channels say so, before torch says that shapes do not fit.
+
+    Raises ComparisonError, later, in such a call: columns and rows are swapped, or what comes is whole.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    for one in applied:
+        if (
+            isinstance(one.style, RowwiseParallel)
+            and isinstance(one.module, nn.Linear)
+            and one.style.input_layouts == (Shard(-1),)
+            and one.mesh.size() > 1
+        ):
+            hook = _refusing(names.get(id(one.module), "a layer"), one.mesh.size())
+            one.module.register_forward_pre_hook(hook, prepend=True)
+
+
+def _refusing(name: str, size: int) -> Any:
+    def hook(module: Any, args: Any) -> None:
+        x, weight = (args[0] if args else None), module.weight
+        if not isinstance(x, torch.Tensor) or isinstance(x, DTensor) or not isinstance(weight, DTensor):
+            return
+        whole = weight.shape[1]
+        if x.shape[-1] == whole:
+            raise ComparisonError(
+                f"{name} is RowwiseParallel, which takes a rank's part of the input (of {whole} channels, "
+                f"cut over {size} ranks), and is given all {whole}: are ColwiseParallel and RowwiseParallel "
+                "swapped? Else give it input_layouts=Replicate()"
+            )
+
+    return hook

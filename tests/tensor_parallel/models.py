@@ -113,6 +113,13 @@ def by_plan(model: Any, mesh: Any) -> Any:
     return parallelize_module(model, mesh, plan)
 
 
+def swapped(model: Any, mesh: Any) -> Any:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    plan: dict[str, Any] = {"blocks.0.mlp.up": RowwiseParallel(), "blocks.0.mlp.down": ColwiseParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
 def past_the_plan(model: Any, mesh: Any) -> Any:
     """One column layer's local weights are read by somebody else, past its hooks."""
     model = by_plan(model, mesh)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pytest_gputrain import LaunchError
 from pytest_gputrain.tensor_parallel.records import LayerCollectives
 from tests.tensor_parallel import models
 from tests.tensor_parallel.ranks import on_two_ranks
@@ -35,6 +36,13 @@ def test_a_module_of_the_plan_that_is_passed_by_is_named() -> None:
         "  collectives: blocks.1.mlp.up is in the plan, but its weights are used without calling it: none of "
         "the plan's collectives is made there"
     )
+
+
+def test_swapped_styles_are_told_before_torch_does() -> None:
+    with pytest.raises(
+        LaunchError, match=r"blocks\.0\.mlp\.up is RowwiseParallel, which takes a rank's part"
+    ):
+        on_two_ranks("compare_forward", models.swapped)
 
 
 def test_collectives_that_are_not_the_plans() -> None:
