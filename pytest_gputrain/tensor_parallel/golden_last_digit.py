@@ -6,7 +6,7 @@ so be off by a little more than 1e-4 of its norm in a plan that is right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -59,12 +59,8 @@ def _changed(pair: Pair, batch: Any, wanted: Gradients, names: Sequence[str]) ->
     model = pair.reference
     parameters = parameters_of(model)
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    generator = torch.Generator().manual_seed(pair.seed)
     try:
-        with torch.no_grad():
-            for parameter in parameters.values():
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-                parameter.add_(parameter * (torch.finfo(parameter.dtype).eps * noise).to(parameter.dtype))
+        change_last_digits(parameters.values(), pair.seed)
         model.zero_grad(set_to_none=True)
         ask(pair.case, model, batch, pair.seed, gradients=True)
         found = {name: parameter.grad for name, parameter in parameters.items()}
@@ -75,6 +71,16 @@ def _changed(pair: Pair, batch: Any, wanted: Gradients, names: Sequence[str]) ->
                 parameter.copy_(kept[name])
     pairs = [(wanted.by_name[name], found[name]) for name in names]
     return max((apart.difference(*one).relative for one in pairs if _both(one)), default=0.0)
+
+
+def change_last_digits(parameters: Iterable[torch.Tensor], seed: int) -> None:
+    """In place, by rounding's size and at random; no parameter that is not floating."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+                parameter.add_(parameter * (torch.finfo(parameter.dtype).eps * noise).to(parameter.dtype))
 
 
 def _both(pair: tuple[Any, Any]) -> bool:
