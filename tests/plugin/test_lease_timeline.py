@@ -86,26 +86,26 @@ def test_dies(): os.kill(os.getpid(), signal.SIGKILL)
 def test_without_leases_or_without_a_report_there_is_no_file(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(test_it="def test_none(): pass")
     run("--gputrain-report=report")
-    assert not (pytester.path / "report").exists()
+    assert not (pytester.path / "report" / "leases.trace.json").exists()
     pytester.makepyfile(test_it=SUITE)
     run()
     assert not list(pytester.path.rglob("*.trace.json"))
 
 
-def test_a_folder_that_cannot_be_written(pytester: pytest.Pytester, run: Run) -> None:
+def test_a_file_that_cannot_be_written(pytester: pytest.Pytester, run: Run) -> None:
     pytester.makepyfile(
         """
         import pytest
         from pathlib import Path
 
         @pytest.mark.requires_gpus(2)
-        def test_it(): Path("report").touch()
+        def test_it(): Path("report", "leases.trace.json").mkdir(parents=True)
         """
     )
     result = run("--gputrain-report=report")
     result.assert_outcomes(passed=1)
     assert result.ret is pytest.ExitCode.OK
-    result.stdout.fnmatch_lines(["gputrain: the lease timeline could not be written: *report'"])
+    result.stdout.fnmatch_lines(["gputrain: the lease timeline could not be written: *leases.trace.json'"])
 
 
 def test_each_worker_runs_the_test(pytester: pytest.Pytester, run_child: Run) -> None:
