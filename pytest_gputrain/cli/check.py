@@ -76,9 +76,8 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def _check(options: argparse.Namespace) -> int:
     from pytest_gputrain.case import CaseError
     from pytest_gputrain.checks import CheckContext, all_check_ids, run_checks
-    from pytest_gputrain.checks.context import SESSION_LAUNCHER
     from pytest_gputrain.checks.preflight import preflight
-    from pytest_gputrain.launch import LaunchDefaults, Launcher, LaunchUsageError
+    from pytest_gputrain.launch import LaunchUsageError
 
     ids = _selected(options.checks, tuple(all_check_ids()))
     options.share_gpu = options.share_gpu or flag_of("GPUTRAIN_SHARE_GPU")
@@ -87,11 +86,7 @@ def _check(options: argparse.Namespace) -> int:
     given = [*options.specs, *(options.gputrain_case or ())]
     specs = given or os.environ.get("GPUTRAIN_CASE", "").replace(",", " ").split()
     cases = _cases(specs)
-    if options.stall is not None or options.share_gpu or options.report is not None:
-        stall = {} if options.stall is None else {"stall": options.stall}
-        kept = None if options.report is None else options.report / "launches"
-        defaults = LaunchDefaults(share_gpu=options.share_gpu, artifacts=kept, **stall)
-        SESSION_LAUNCHER.set(Launcher(defaults=defaults))
+    _set_launcher(options)
     context = CheckContext(
         device=options.device,
         world_size=options.world_size,
@@ -129,6 +124,20 @@ def _check(options: argparse.Namespace) -> int:
             return _finish(results, options, recording, baseline)
     except (CaseError, LaunchUsageError) as error:
         raise UsageError(str(error)) from None
+
+
+def _set_launcher(options: argparse.Namespace) -> None:
+    """For the launches of checks, where an option asks for another one than the package's own."""
+    from pytest_gputrain.checks.context import SESSION_LAUNCHER
+    from pytest_gputrain.launch import LaunchDefaults, Launcher
+
+    if options.stall is None and not options.share_gpu and options.report is None:
+        return
+    stall = {} if options.stall is None else {"stall": options.stall}
+    kept = None if options.report is None else options.report / "launches"
+    SESSION_LAUNCHER.set(
+        Launcher(defaults=LaunchDefaults(share_gpu=options.share_gpu, artifacts=kept, **stall))
+    )
 
 
 def _selected(wanted: str | None, legal: tuple[str, ...]) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from pytest_gputrain.report.model import MOST_POINTS, Kind, Launch, Metric, Seri
 from pytest_gputrain.report.reading import ReportError
 
 METRICS, SERIES = "metrics", "series"  # the keys of a check's figures that are not for a line of text
-STABILITY = "stable_training"
 MOST_LAUNCHES = 20  # of a test: one may launch a thousand times
 MOST_MESSAGE = 64 * 1024
 MOST_FIGURES = 200  # entries of one list or table among figures
@@ -63,7 +62,7 @@ class Known:
 
 def kind_of(check: str | None, launches: bool, stability: bool = False) -> Kind:
     """What kind of test it is."""
-    if stability or check == STABILITY:
+    if stability:
         return "stability"
     if check is not None:
         return "check"

@@ -24,7 +24,6 @@ _BESIDE = (
     ("tensor parallel", "*_test_report.txt"),
     ("tensor parallel", "tp/*_test_report.txt"),
     ("which test held which GPU (for ui.perfetto.dev)", "leases.trace.json"),
-    ("a long run's losses", "stability/*/losses.txt"),
 )
 
 

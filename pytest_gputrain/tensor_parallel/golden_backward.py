@@ -25,7 +25,12 @@ from pytest_gputrain.tensor_parallel.golden_rounding import gradient_rounding
 from pytest_gputrain.tensor_parallel.golden_sequence import leaves_over, sequence_is_cut
 from pytest_gputrain.tensor_parallel.golden_step import compare_step
 from pytest_gputrain.tensor_parallel.golden_vacuity import replica_findings
-from pytest_gputrain.tensor_parallel.records import BackwardRecord, GradientRecord, InputRecord
+from pytest_gputrain.tensor_parallel.records import (
+    BackwardRecord,
+    CommunicationRecord,
+    GradientRecord,
+    InputRecord,
+)
 
 
 def compare_backward(
@@ -34,8 +39,8 @@ def compare_backward(
     """Run on every rank of ``mesh``; returns the same record on all.
 
     The loss of one batch of the case's own length, and ``backward()``; then of one more of another shape,
-    told only where it is wrong. Raises ComparisonError where nothing
-    can be compared, and what the case's own code raises.
+    told only where it is wrong. Raises ComparisonError where nothing can be compared, and what the case's own
+    code raises.
     """
     pair = Pair(case, mesh, seed=seed)
     batch = pair.reference_batch(batch_size)
@@ -61,17 +66,10 @@ def compare_backward(
         layer, cause = depart_forward(pair, batch)
         problem = f"{forward.problem}{departing(layer, cause)}"
     problem = problem or _problem(records, forward, layer, cause)
-    counted = against_plan(pair, batch)
-    told = [f"collectives: {line}" for line in counted.told()]
-    pair.notes += told
-    problem = "\n  ".join([problem, *told[:1]]) if problem else counted.problem
+    counted, problem = _with_collectives(pair, batch, problem)
     del wanted, golden, answer  # as large as the model; the next ones take their place
-    problem = problem or _other_shape(pair, order)
-    if problem is None:
-        # Last: where the case has a step of its own, it moves weights.
-        differing = replica_findings(pair, batch)
-        pair.notes += [finding.message for finding in differing if not finding.fails]
-        problem = next((finding.message for finding in differing if finding.fails), None)
+    # Replicas last: where the case has a step of its own, it moves weights.
+    problem = problem or _other_shape(pair, order) or _of_replicas(pair, batch)
     return BackwardRecord(
         world_size=pair.world.size,
         forward=forward,
@@ -86,6 +84,21 @@ def compare_backward(
         problem=problem,
         notes=tuple(pair.notes),
     )
+
+
+def _with_collectives(pair: Pair, batch: Any, problem: str | None) -> tuple[CommunicationRecord, str | None]:
+    """What the layers communicate, against the plan; the problem known before keeps the first line."""
+    counted = against_plan(pair, batch)
+    told = [f"collectives: {line}" for line in counted.told()]
+    pair.notes += told
+    return counted, "\n  ".join([problem, *told[:1]]) if problem else counted.problem
+
+
+def _of_replicas(pair: Pair, batch: Any) -> str | None:
+    """What is wrong with gradients of parameters that every rank holds whole."""
+    differing = replica_findings(pair, batch)
+    pair.notes += [finding.message for finding in differing if not finding.fails]
+    return next((finding.message for finding in differing if finding.fails), None)
 
 
 def _other_shape(pair: Pair, order: list[str]) -> str | None:

@@ -36,8 +36,9 @@ ROWS = (2, 1)
 OWN = "the case's optimizer"
 NAMES = ("SGD", "Adam", "RMSprop", "AdamW", "AdamW(foreach=True)", "AdamW(fused=True)", OWN)
 SETTINGS = {"SGD": {"lr": 1e-2, "momentum": 0.9}, "Adam": {"lr": 1e-3}, "RMSprop": {"lr": 1e-3}}
+# However much a model makes of rounding, it does not excuse more of an update than this.
+MOST_BY_ROUNDING = 0.1
 # Of the update. In short types an update is a few units of rounding: there it is of the weights.
-MOST_BY_ROUNDING = 0.1  # however much a model makes of rounding, it does not excuse more than this
 UPDATE_TOLERANCE = {"float64": 1e-7, "float32": 2e-3}
 WEIGHT_TOLERANCE = 2e-2
 # Of a gradient's root mean square: elements below it are as much rounding as gradient.

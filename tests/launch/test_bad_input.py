@@ -105,6 +105,17 @@ def test_an_endpoint_that_is_none(endpoint: str, tmp_path: Path) -> None:
         launch.torchrun(script, nnodes=2, rdzv_endpoint=endpoint)
 
 
+@pytest.mark.parametrize("seconds", ["soon", "0", "-1", "nan"])
+def test_the_seconds_after_which_a_node_is_gone(
+    seconds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").touch()
+    monkeypatch.setenv("GPUTRAIN_NODE_TIMEOUT", seconds)
+    with pytest.raises(LaunchUsageError) as raised:
+        launch.torchrun(tmp_path / "train.py", nnodes=2, node_rank=0, rdzv_endpoint="127.0.0.1:29400")
+    assert str(raised.value) == f"GPUTRAIN_NODE_TIMEOUT={seconds!r}: must be seconds above 0, such as 30"
+
+
 def test_a_function_that_cannot_travel() -> None:
     lock = threading.Lock()
     with pytest.raises(

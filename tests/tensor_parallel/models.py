@@ -37,9 +37,10 @@ class MLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.activation: Any = F.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(F.gelu(self.up(x)))
+        out: Tensor = self.down(self.activation(self.up(x)))
         return out
 
 
@@ -125,6 +126,21 @@ def past_the_plan(model: Any, mesh: Any) -> Any:
     model = by_plan(model, mesh)
     mlp = model.blocks[1].mlp
     mlp.forward = lambda x: mlp.down(F.gelu(F.linear(x, mlp.up.weight.to_local(), mlp.up.bias.to_local())))
+    return model
+
+
+def with_activation(activation: Any) -> Transformer:
+    model = Transformer()
+    for module in model.modules():
+        if isinstance(module, MLP):
+            module.activation = activation
+    return model
+
+
+def one_gradient_too_large(model: Any, mesh: Any) -> Any:
+    """By 2 %, that of a weight which every rank holds whole."""
+    model = by_plan(model, mesh)
+    model.blocks[0].mlp_norm.weight.register_hook(lambda gradient: gradient * 1.02)
     return model
 
 

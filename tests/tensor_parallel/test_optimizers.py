@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch.nn.functional as F
 
 from tests.tensor_parallel import models
 from tests.tensor_parallel.ranks import on_two_ranks, problem_on_two_ranks
@@ -24,6 +25,14 @@ def test_a_wrong_gradient_is_seen_in_what_it_does_to_weights() -> None:
     record = on_two_ranks("compare_optimizers", broken, {"names": ["SGD"]})
     assert record.problem.startswith("after 3 steps of SGD blocks.")
     assert record.problem.endswith("parameters are off, first in embedding")
+
+
+@pytest.mark.parametrize("activation", [F.gelu, F.relu])
+def test_an_update_that_is_two_per_cent_off_is_never_taken_for_rounding(activation: Any) -> None:
+    broken = models.one_gradient_too_large
+    model = partial(models.with_activation, activation)
+    problem = problem_on_two_ranks("compare_optimizers", broken, {"names": ["SGD"]}, model=model)
+    assert problem.startswith("after 3 steps of SGD ")
 
 
 def test_a_gradient_that_is_wrong_for_one_sample_only_is_seen_by_two_shapes_and_by_steps() -> None:

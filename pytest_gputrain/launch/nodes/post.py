@@ -15,11 +15,14 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any
 
+from ...values import parse_seconds
 from .. import wire
+from ..errors import LaunchUsageError
 from .where import Where
 
 LOST_AFTER = 8.0
 """Seconds without a heartbeat after which a node counts as gone; ``GPUTRAIN_NODE_TIMEOUT`` sets others."""
+_LOST_AFTER = "GPUTRAIN_NODE_TIMEOUT"
 _BOOTSTRAP = (
     "import sys; sys.path[:] = [p for p in sys.path if p]; sys.path.append({root!r}); "
     "from pytest_gputrain.launch.nodes.courier import main; sys.path.remove({root!r}); main({fd})"
@@ -37,7 +40,7 @@ class Post:
         self.beats: dict[int, tuple[float, dict[str, Any]]] = {}
         """By node: when it was last heard of (monotonic), and what its heartbeat said."""
         self.failed, self.misused = "", False
-        self.lost_after = float(os.environ.get("GPUTRAIN_NODE_TIMEOUT") or LOST_AFTER)
+        self.lost_after = _lost_after()
         self._joined_at = time.monotonic()
         self._pid = os.getpid()
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
@@ -129,6 +132,16 @@ class Post:
 
 
 _posts: dict[Where, Post] = {}
+
+
+def _lost_after() -> float:
+    """Raises LaunchUsageError where the variable holds no number of seconds above 0."""
+    if not (text := os.environ.get(_LOST_AFTER, "")):
+        return LOST_AFTER
+    try:
+        return parse_seconds(text)
+    except ValueError:
+        raise LaunchUsageError(f"{_LOST_AFTER}={text!r}: must be seconds above 0, such as 30") from None
 
 
 def borrow(where: Where, within: float) -> Post:
