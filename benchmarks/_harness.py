@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from pytest_gputrain.origin import origin
+from pytest_gputrain.schemas import head
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -113,7 +114,8 @@ def write(
         print(f"{figure}: {value:.3g}" if isinstance(value, float) else f"{figure}: {value}")
     if results is None:
         return
-    document = {"benchmark": name, "origin": origin(), "figures": dict(figures), "measured": dict(measured)}
+    known = {"benchmark": name, "origin": origin(), "figures": dict(figures), "measured": dict(measured)}
+    document = {**head("gputrain.benchmark"), **known}
     results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.json"
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

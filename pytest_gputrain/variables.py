@@ -8,7 +8,7 @@ from collections.abc import Mapping
 PREFIX = "GPUTRAIN_"
 
 NAMES = (
-    # The settings of a session, `plugin/settings.py`.
+    # The settings of a session, `plugin/settings_table.py`.
     "GPUTRAIN_ALONE",
     "GPUTRAIN_CACHE_DIR",
     "GPUTRAIN_CASE",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pytest_gputrain.plugin.settings import SETTINGS
+from pytest_gputrain.plugin.settings_table import SETTINGS
 from pytest_gputrain.variables import NAMES, unknown
 
 PACKAGE = Path(__file__).parent.parent / "pytest_gputrain"

@@ -8,6 +8,7 @@ at the top.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,30 +77,23 @@ def discover_batch_size(
     if override is not None:
         return manual(override, bounds.per_rank(global_batch_size, ddp_world_size), "override", rank=ddp_rank)
 
+    settings = {
+        "safety_margin": safety_margin,
+        "min_batch_size": min_batch_size,
+        "max_batch_size": max_batch_size,
+        "global_batch_size": global_batch_size,
+        "world_size": ddp_world_size,
+        "strategy": strategy,
+        "eval_batch_factor": eval_batch_factor,
+        "optimizer": optimizer,
+        "compiled": compiled,
+        "cache_key_components": [max_seq_len, cache_key_components],
+        "capacity": capacity,
+    }
+
     def checked() -> _Asked:
-        if case is not None and not isinstance(case, TrainingCase):
-            raise ValueError(not_a_case(case))
-        share = bounds.per_rank(global_batch_size, ddp_world_size)
-        least, most = bounds.checked_range(min_batch_size, max_batch_size)
-        sizes = legal_sizes(least, most, divides=share)
-        settings = {
-            "safety_margin": bounds.checked_margin(safety_margin),
-            "min_batch_size": least,
-            "max_batch_size": most,
-            "global_batch_size": global_batch_size,
-            "world_size": ddp_world_size,
-            "strategy": checked_strategy(strategy),
-            "eval_batch_factor": bounds.checked_factor(eval_batch_factor),
-            "optimizer": optimizer,
-            "compiled": compiled,
-            "cache_key_components": [max_seq_len, cache_key_components],
-        }
-        if capacity is not None:
-            settings["capacity"] = capacity_in_bytes(capacity)
-        return _Asked(
-            case or language_case(_given(model), max_seq_len, vocab_size),
-            settings,
-            sizes[0] if fallback is None else bounds.dividing("fallback", fallback, share),
+        return _checked(
+            settings, case, lambda: language_case(_given(model), max_seq_len, vocab_size), fallback
         )
 
     try:
@@ -126,6 +120,32 @@ class _Asked:
     case: TrainingCase
     settings: dict[str, Any]
     conservative: int
+
+
+def _checked(
+    given: dict[str, Any], case: object, otherwise: Callable[[], TrainingCase], fallback: int | None
+) -> _Asked:
+    """Settings of ``find_batch`` that are legal. otherwise: makes the case where none is given."""
+    if case is not None and not isinstance(case, TrainingCase):
+        raise ValueError(not_a_case(case))
+    share = bounds.per_rank(given["global_batch_size"], given["world_size"])
+    least, most = bounds.checked_range(given["min_batch_size"], given["max_batch_size"])
+    sizes = legal_sizes(least, most, divides=share)
+    settings = given | {
+        "safety_margin": bounds.checked_margin(given["safety_margin"]),
+        "min_batch_size": least,
+        "max_batch_size": most,
+        "strategy": checked_strategy(given["strategy"]),
+        "eval_batch_factor": bounds.checked_factor(given["eval_batch_factor"]),
+    }
+    capacity = settings.pop("capacity")
+    if capacity is not None:
+        settings["capacity"] = capacity_in_bytes(capacity)
+    return _Asked(
+        case or otherwise(),
+        settings,
+        sizes[0] if fallback is None else bounds.dividing("fallback", fallback, share),
+    )
 
 
 def manual(size: object, share: int | None = None, name: str = "device_batch_size", *, rank: int = 0) -> int:

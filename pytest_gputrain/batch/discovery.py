@@ -214,7 +214,5 @@ def _discovered(found: Found, runner: _Runner, measures: Measures, seconds: floa
         data_parallel=runner.target.data_parallel,
         known=found.known,
         cache_key=found.key,
-        failure=""
-        if result.size or told is None
-        else f"in {told.where}: {told.message.partition(' (in use:')[0]}",
+        failure="" if result.size or told is None else told.failure,
     )

@@ -64,8 +64,16 @@ def scalar_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 
     x, y = batch
     keyword = _takes_labels(unwrapped(model))
-    output = model(x, labels=y) if keyword else model(x, y)
     called = f"{type(unwrapped(model)).__name__}(x, {'labels=y' if keyword else 'y'})"
+    try:
+        output = model(x, labels=y) if keyword else model(x, y)
+    except IndexError as error:
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(
+                f"{called} got {x.shape[1]} tokens a sample: does the model have as many positions? "
+                "max_seq_len says how many it gets"
+            )
+        raise
     found = next(_scalars(output), None)
     if found is None:
         raise ValueError(

@@ -149,12 +149,14 @@ class TrainingProbe:
             self.case.step(model, optimizer, [batch] * micro_batches)
             del batch
             self._synchronize()
+            _raise_swallowed(guard, observed)
             observed.after_step(guard.in_use)
         if factor := self.conditions.eval_batch_factor:
             observed.in_evaluation = True
             with guard.uncounted():
                 batch = draw(math.ceil(batch_size * factor))
             self._evaluate(model, batch)
+            _raise_swallowed(guard, observed)
             observed.in_evaluation = False
 
     def _as_trained(self) -> Any:
@@ -190,6 +192,16 @@ class TrainingProbe:
             hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
             for module in self.model.modules()
         )
+
+
+def _raise_swallowed(guard: OomGuard, observed: Observed) -> None:
+    """A step that catches an out-of-memory and leaves the batch out has not trained at this size.
+
+    Raises that OutOfMemory.
+    """
+    if guard.swallowed is not None:
+        observed.swallowed = True
+        raise guard.swallowed
 
 
 @contextlib.contextmanager

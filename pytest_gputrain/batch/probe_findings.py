@@ -27,8 +27,9 @@ _KERNEL_LIMITS = re.compile(
 class Observed:
     """Of the probes at one batch size. Sizes in bytes.
 
-    peak: None when memory ran out, with ``message`` then. by_category: at the peak. live: in use after each
-    step. varying: (smallest, largest) number of values of a batch where batches of one batch size differ.
+    peak: None when memory ran out, with ``message`` then; swallowed: the case's own code caught that.
+    by_category: at the peak. live: in use after each step. varying: (smallest, largest) number of values of a
+    batch where batches of one batch size differ.
     """
 
     peak: int | None = None
@@ -37,6 +38,7 @@ class Observed:
     live: list[int] = field(default_factory=list)
     varying: tuple[int, int] | None = None
     in_evaluation: bool = False
+    swallowed: bool = False
 
     def after_step(self, in_use: int) -> None:
         self.live.append(in_use)
@@ -55,7 +57,8 @@ class Observed:
     @property
     def failure(self) -> str:
         """Where memory ran out, and for what; what it was in use for is told by ``by_category``."""
-        return f"in {self.where}: {self.message.partition(' (in use:')[0]}"
+        caught = ", which the case's code caught to go on without it" if self.swallowed else ""
+        return f"in {self.where}: {self.message.partition(' (in use:')[0]}{caught}"
 
     @property
     def growth(self) -> int:

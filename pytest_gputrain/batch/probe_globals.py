@@ -82,7 +82,7 @@ def _switches() -> Iterator[tuple[Getter, Setter]]:
     yield _deterministic, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])
     yield from (_attribute(torch.backends.cudnn, name) for name in _CUDNN)
     yield _attribute(torch.backends.cuda.matmul, "allow_tf32")
-    yield from (_sdp(name) for name in _SDP if hasattr(torch.backends.cuda, f"enable_{name}_sdp"))
+    yield from (_sdp(name) for name in _SDP)
     yield torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled
     for kind in ("cpu", "cuda"):
         yield from _autocast(kind)

@@ -138,7 +138,8 @@ def _scalar(loss: Any) -> Any:
     if isinstance(loss, torch.Tensor) and loss.numel() == 1:
         return loss
     given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"{loss!r:.60}"
-    raise ValueError(f"the case's loss(model, batch) returned {given}; legal is a scalar tensor")
+    way_out = ", such as its .loss" if isinstance(getattr(loss, "loss", None), torch.Tensor) else ""
+    raise ValueError(f"the case's loss(model, batch) returned {given}; legal is a scalar tensor{way_out}")
 
 
 def _no_sync(model: Any) -> AbstractContextManager[Any]:

@@ -6,6 +6,7 @@ field replaced. Importing this module imports no torch; nothing here builds a mo
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -72,6 +73,7 @@ class TrainingCase:
         for spec in fields(self):
             if spec.name not in _NOT_FUNCTIONS:
                 self._set(spec.name, self._function(spec.name))
+        self._check_model()
         self._check_reduction()
         self._check_expected_failures()
         # Bound here, not in the default, so that dataclasses.replace(case, loss=...) steps with the new loss.
@@ -110,6 +112,15 @@ class TrainingCase:
     def _check_name(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise CaseError(f"a case's name is {self.name!r}; give a non-empty string, it shows in test ids")
+
+    def _check_model(self) -> None:
+        """A module can be called, too: with a batch."""
+        torch = sys.modules.get("torch")  # without it there is no module
+        if torch is not None and isinstance(self.model, torch.nn.Module):
+            raise CaseError(
+                f"case {self.name!r}: model is a {type(self.model).__name__}; give a function that builds "
+                "one with fresh weights, for checks train several"
+            )
 
     def _check_reduction(self) -> None:
         legal = get_args(LossReduction)

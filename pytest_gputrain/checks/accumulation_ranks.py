@@ -31,13 +31,13 @@ SMALL = 0.5
 class Synced:
     """The last window of its size. reduced: bytes of each reduction; pairs: DDP's switch in each pass."""
 
-    reduced: list[int] | None = None
+    reduced: list[int] = field(default_factory=list)
     pairs: list[tuple[bool, bool]] = field(default_factory=list)
     equal: bool = True
 
     @property
     def total(self) -> int:
-        return sum(self.reduced or [])
+        return sum(self.reduced)
 
 
 @dataclass
@@ -86,7 +86,7 @@ def watched_sync(synced: Synced) -> Iterator[None]:
     """Fills ``synced`` with what is reduced within the block, and how DDP's switch stood."""
     from pytest_gputrain.trace.steps import patched_backward
 
-    before = len(_recorded() or [])
+    before = len(_recorded())
     forwards: dict[int, tuple[Any, bool]] = {}
     synced.pairs = []
 
@@ -99,8 +99,7 @@ def watched_sync(synced: Synced) -> Iterator[None]:
 
     with _forwards_of_ddp(forwards), patched_backward(backward):
         yield
-    entries = _recorded()
-    synced.reduced = None if entries is None else [_size(each) for each in entries[before:] if _reduces(each)]
+    synced.reduced = [_size(each) for each in _recorded()[before:] if _reduces(each)]
 
 
 @contextlib.contextmanager
@@ -120,14 +119,12 @@ def _forwards_of_ddp(forwards: dict[int, tuple[Any, bool]]) -> Iterator[None]:
         handle.remove()
 
 
-def _recorded() -> list[dict[str, Any]] | None:
-    """What torch's flight recorder holds of collectives; None where there is none."""
-    from torch._C import _distributed_c10d as bindings
+def _recorded() -> list[dict[str, Any]]:
+    """What torch's flight recorder holds of collectives."""
+    import torch
 
-    dump = getattr(bindings, "_dump_fr_trace_json", None)
-    if dump is None:
-        return None
-    return list(json.loads(dump(True, False)).get("entries", []))
+    bindings: Any = torch._C._distributed_c10d
+    return list(json.loads(bindings._dump_fr_trace_json(True, False)).get("entries", []))
 
 
 def _reduces(entry: dict[str, Any]) -> bool:
@@ -154,10 +151,11 @@ def judge_ranks(runs: Sequence[RankRun]) -> Figures:
             "synchronise\n  likely: `with model.no_sync():` stands around the backward only; put the forward "
             "under it too"
         )
-    figures: Figures = {"ranks": len(runs)}
-    if one.reduced is None or many.reduced is None:
-        return {**figures, "remarks": ["this torch records no collectives, so they were not counted"]}
-    figures |= {"all-reduces a step": len(many.reduced), "bytes a step": many.total}
+    figures: Figures = {
+        "ranks": len(runs),
+        "all-reduces a step": len(many.reduced),
+        "bytes a step": many.total,
+    }
     if one.total and many.total > (1 + SMALL) * one.total:
         times = many.total / one.total
         more = many.total - one.total

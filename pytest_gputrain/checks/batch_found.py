@@ -17,6 +17,7 @@ from pytest_gputrain.checks.ranks import alone
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, CheckSkipped, Figures
 from pytest_gputrain.report.metrics import once
+from pytest_gputrain.report.series import series
 from pytest_gputrain.values import format_size
 
 # Left behind by an exception that is kept are the activations of a whole step; a cache of a mask is less.
@@ -42,6 +43,7 @@ def check_batch_size_found(case: TrainingCase, ctx: CheckContext) -> Figures:
         "seconds to find": round(answers.seconds, 2),
         "notes": [*scene.notes],
         "metrics": _metrics(scene),
+        "series": [_ladder(scene)],
     }
     _judge_errors(answers, figures)
     _judge_traces(answers, scene, figures)
@@ -64,6 +66,15 @@ def _metrics(scene: Scene) -> Figures:
     if scene.next_takes is not None:
         peaks["bytes_per_sample"] = scene.next_takes - scene.takes
     return {name: once(peak, unit="bytes", better="lower", spread=0.0) for name, peak in peaks.items()}
+
+
+def _ladder(scene: Scene) -> Figures:
+    """What each size takes, and the budget that the finder was given."""
+    sizes, peaks = zip(*scene.peaks, strict=True)
+    label = f"peak; {scene.answer} is the largest that fits"
+    return series(
+        "ladder", label, peaks, x=sizes, unit="bytes", limit=scene.budget, limit_label="memory budget"
+    )
 
 
 def scene_of(case: TrainingCase, ctx: CheckContext) -> Scene:

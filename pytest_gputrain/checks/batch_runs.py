@@ -13,10 +13,13 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.checks.context import CheckContext
+
+if TYPE_CHECKING:
+    from pytest_gputrain.memory.guard import OomGuard
 
 # State comes with the first step, and lies beside the gradients from the second on.
 STEPS = 3
@@ -66,15 +69,23 @@ def run(
             for step in range(STEPS):
                 batch = batches.pop(0)
                 take_step(case, model, optimizer, [batch] * accumulation, seed_for(ctx, step + data * STEPS))
+                raise_swallowed(guard)
             step = STEPS
             if evaluating:
                 evaluate(case, model, batch)
+                raise_swallowed(guard)
     except Exception as error:
         if not is_oom(error):
             raise
         part = "evaluation" if step == STEPS else part_of(error, step)
         return Ran(guard.peak_bytes, describe(guard.by_category), _where(part, step), part)
     return Ran(guard.peak_bytes, describe(guard.by_category))
+
+
+def raise_swallowed(guard: OomGuard) -> None:
+    """Raises the OutOfMemory that the case's own code has caught, to go on without that batch."""
+    if guard.swallowed is not None:
+        raise guard.swallowed
 
 
 @contextlib.contextmanager

@@ -42,6 +42,7 @@ class Scene:
     which may lie around once more or less often than here. growth: of memory from step to step, with which no
     size is the largest. evaluates: whether ``loss`` can be computed in evaluation mode.
     small_takes: bytes at twice ``minimum``, by which nights are compared: ``answer`` depends on the case.
+    peaks: bytes by each size that was measured, for the report's plot.
     """
 
     budget: int
@@ -56,6 +57,7 @@ class Scene:
     growth: Growth = NO_GROWTH
     evaluates: bool = True
     small_takes: int | None = None
+    peaks: tuple[tuple[int, int], ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -86,6 +88,11 @@ class Ladder:
         return max(self._peaks)
 
     @property
+    def measured(self) -> tuple[tuple[int, int], ...]:
+        """Sizes and their bytes, the smallest first."""
+        return tuple(sorted(self._peaks.items()))
+
+    @property
     def seconds(self) -> float:
         return time.monotonic() - self._started
 
@@ -105,7 +112,8 @@ def find_scene(case: TrainingCase, ctx: CheckContext) -> Scene:
     grain = max(GRAIN[ctx.device], BATCHES * sample)
     with quick_collection():
         ladder = Ladder(lambda size: run(case, ctx, size, evaluating=not unable), grain)
-        scene = replace(choose(ladder, minimum), small_takes=ladder.peak(2 * minimum))
+        scene = choose(ladder, minimum)
+        scene = replace(scene, small_takes=ladder.peak(2 * minimum), peaks=ladder.measured)
         if unable:
             scene = replace(scene, evaluates=False, notes=(*scene.notes, unable))
         growth = watch(case, ctx, scene.answer, scene.budget, evaluating=scene.evaluates)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pytest_gputrain.case import TrainingCase
-from pytest_gputrain.checks.batch_runs import draw, evaluate, part_of, roots_of
+from pytest_gputrain.checks.batch_runs import draw, evaluate, part_of, raise_swallowed, roots_of
 from pytest_gputrain.checks.batch_scene import Scene
 from pytest_gputrain.checks.batch_stream import chosen, shapes
 from pytest_gputrain.checks.batch_verdict import WHY_ACCUMULATING, WHY_TOO_LARGE
@@ -97,6 +97,7 @@ def train(case: TrainingCase, ctx: CheckContext, pieces: list[Piece], limit: int
 
     model = build_alone(case, ctx)
     optimizer = case.optimizer(model)
+    evaluated = False
     guard, done = OomGuard(limit, device_of(ctx), roots=roots_of(model, optimizer)), 0
     try:
         with guard:
@@ -106,6 +107,8 @@ def train(case: TrainingCase, ctx: CheckContext, pieces: list[Piece], limit: int
                     evaluate(case, model, piece.micro_batches[0])
                 else:
                     take_step(case, model, optimizer, piece.micro_batches, seed_for(ctx, done))
+                raise_swallowed(guard)
+                evaluated = evaluated or piece.is_evaluation
                 done += 1
     except Exception as error:
         if not is_oom(error):
@@ -113,5 +116,7 @@ def train(case: TrainingCase, ctx: CheckContext, pieces: list[Piece], limit: int
         part = part_of(error, done)
         words = f"{piece.words}{_UPDATE if part == 'optimizer' else ''}"
         likely = WHY_TOO_LARGE[part] if done < TRIED and not piece.is_evaluation else piece.likely
+        if piece.is_evaluation and evaluated:  # the same fitted before
+            likely = _LATER
         return Held(done, guard.peak_bytes, words, f"{guard.oom}", likely)
     return Held(done, guard.peak_bytes)

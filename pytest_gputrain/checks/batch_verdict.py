@@ -101,7 +101,10 @@ def judge_size(
 
 def _why_too_small(size: int, right: int) -> str:
     if size <= 0:
-        return "a safety margin taken off the size and rounded down, instead of taken off the memory"
+        return (
+            "a safety margin taken off the size and rounded down, instead of taken off the memory; or memory "
+            "that comes later than in 3 steps of a fresh model and optimizer (batch_size_holds tells)"
+        )
     if size == int(0.85 * right):
         return "a safety margin taken off the size, not off the memory, or sizes that are only ever doubled"
     if size & (size - 1) == 0 and right < 2 * size:

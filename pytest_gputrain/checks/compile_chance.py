@@ -9,7 +9,7 @@ drops others.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pytest_gputrain.checks.compile_bounds import BASE, Bounds
@@ -29,23 +29,33 @@ def compare_quietly(sides: Sequence[Side], other: Side, batch: Any, seed: int, k
 
     Returns a note where nothing could be compared. Raises CheckFailed.
     """
+    return _compare(sides, other, seed, kind, lambda side, seed: side.quiet(batch, seed))
+
+
+def compare_evaluation(sides: Sequence[Side], other: Side, batch: Any, seed: int, kind: str) -> str | None:
+    """What the model gives in evaluation, without gradients: a graph of its own. Otherwise the same."""
+    return _compare(sides, other, seed, kind, lambda side, seed: side.outputs(batch, seed))
+
+
+def _compare(
+    sides: Sequence[Side], other: Side, seed: int, kind: str, asked: Callable[[Side, int], Probe]
+) -> str | None:
     try:
-        probes = [side.quiet(batch, seed) for side in sides]
-        again = sides[0].quiet(batch, seed + 1)
+        probes = [asked(side, seed) for side in sides]
+        again = asked(sides[0], seed + 1)
     except Exception as error:  # a loss that needs training mode, as torchvision's detectors do
         return f"the loss cannot be computed in evaluation mode ({type(error).__name__})"
     bounds = Bounds(probes[0], probes[1:], kind)
     if bounds.wrong_loss(again) or bounds.wrong_gradients(again):
         return "evaluation mode draws random numbers, too"
-    got = other.quiet(batch, seed)
+    got = asked(other, seed)
     wrong = bounds.wrong_loss(got)
     found = ([wrong] if wrong else []) + bounds.wrong_gradients(got)
     if found:
         worst = found[0]
         raise CheckFailed(
             f"compiled computes something else in evaluation mode, where dropout rests: {worst.name} is off "
-            "by "
-            f"{worst.off:.2%}, where rounding explains {worst.allowed:.2%}",
+            f"by {worst.off:.2%}, where rounding explains {worst.allowed:.2%}",
             {"wrong": [one.name for one in found]},
         )
     return None

@@ -23,6 +23,7 @@ from pytest_gputrain.checks.session import seed_everything, seed_for
 from pytest_gputrain.trace.digest import is_finite
 
 STEPS, FEWEST_STEPS = 100, 10
+TRIES = 20  # a loss scale of 2**31 is halved to 2**11
 # A curve each of eager, compiled and two controls; of a slow step they are shorter, and that is said.
 SECONDS_A_CURVE = 15.0
 DISTURBANCES = 2
@@ -36,10 +37,12 @@ SHAKE, NEARLY_ZERO, SIZE_FOR_ZERO = 0.05, 1e-2, 0.4
 class Baseline:
     """points: weights to step from. bounds: at each, around the plain step. random: whether another seed
     gives another step. kind: the coarsest type that it computes in. curve, controls: losses; step_seconds:
-    the curve's; seconds: of a single step.
+    the curve's; seconds: of a single step. tries: steps from each point until gradients are finite.
+    trained: the sides of the curve and of the first control.
     """
 
     points: list[Snapshot]
+    tries: list[int]
     bounds: list[Bounds]
     random: bool
     kind: str
@@ -49,6 +52,7 @@ class Baseline:
     controls: list[list[float]]
     side: Side
     other: Side
+    trained: list[Side]
 
     @property
     def start(self) -> Snapshot:
@@ -62,15 +66,15 @@ def watch_eager(case: TrainingCase, ctx: CheckContext, batches: Sequence[Any]) -
     points = [start, shaken(start, ctx)]
     kind = _kind(case, ctx, start, batches[0])
     began = time.monotonic()
-    plain = probes(first, points, batches[0], ctx)
-    seconds = (time.monotonic() - began) / len(points)
-    repeated = probes(eager(case, ctx, start), points, batches[0], ctx)
+    plain, tries = settled(first, points, batches[0], ctx)
+    seconds = (time.monotonic() - began) / sum(tries)
+    repeated = probes(eager(case, ctx, start), points, tries, batches[0], ctx)
     moved, sides = [], []
     for number in range(DISTURBANCES):
         sides.append(eager(case, ctx, start))
         near = [disturbed(point, kind, ctx.seed + number) for point in points]
-        moved.append(probes(sides[-1], near, batches[0], ctx))
-    reseeded = probes(eager(case, ctx, start), points, batches[0], ctx, rank=_OTHER)
+        moved.append(probes(sides[-1], near, tries, batches[0], ctx))
+    reseeded = probes(eager(case, ctx, start), points, tries, batches[0], ctx, rank=_OTHER)
     bounds = [
         Bounds(one, [repeated[place], *(each[place] for each in moved)], kind)
         for place, one in enumerate(plain)
@@ -78,7 +82,7 @@ def watch_eager(case: TrainingCase, ctx: CheckContext, batches: Sequence[Any]) -
     _comparable(plain, repeated, kind)
     random = any(b.wrong_loss(got) or b.wrong_gradients(got) for b, got in zip(bounds, reseeded, strict=True))
     seeds = _seeds(ctx, seconds)
-    walked = _as_far(case, ctx, start, points, batches[0])
+    walked = _as_far(case, ctx, start, points, tries, batches[0])
     curve = _known(walked.train(start, batches, seeds, lambda step: None))
     broken = [step for step, loss in enumerate(curve) if not math.isfinite(loss)]
     if broken:
@@ -86,20 +90,59 @@ def watch_eager(case: TrainingCase, ctx: CheckContext, batches: Sequence[Any]) -
             f"eager training loses its loss in step {broken[0]} (NaN or infinite); {_NOTHING}"
         )
     baseline = Baseline(
-        points, bounds, random, kind, seconds, curve, walked.step_seconds, [], first, sides[0]
+        points,
+        tries,
+        bounds,
+        random,
+        kind,
+        seconds,
+        curve,
+        walked.step_seconds,
+        [],
+        first,
+        sides[0],
+        [walked],
     )
     baseline.controls.append(control(case, ctx, baseline, batches, 0))
     return baseline
 
 
-def probes(
-    side: Side, points: Sequence[Snapshot], batch: Any, ctx: CheckContext, *, rank: int = 0
-) -> list[Probe]:
-    """A step from each point. rank: chooses other random numbers."""
-    found = []
+def settled(
+    side: Side, points: Sequence[Snapshot], batch: Any, ctx: CheckContext
+) -> tuple[list[Probe], list[int]]:
+    """A step from each point, taken again while its gradients are not finite: a loss scale may begin too
+    high, and is lowered by each such step. Returns how often each was taken, too.
+    """
+    found: list[Probe] = []
+    tries: list[int] = []
     for place, point in enumerate(points):
-        point.restore(side.bare)
-        found.append(side.probe(batch, seed_for(ctx, place, rank)))
+        tries.append(0)
+        finite = False
+        while not finite and tries[-1] < TRIES:
+            point.restore(side.bare)
+            probe = side.probe(batch, seed_for(ctx, place))
+            tries[-1] += 1
+            finite = all(is_finite(gradient) for gradient in probe.given)
+        found.append(probe)
+    return found, tries
+
+
+def probes(
+    side: Side,
+    points: Sequence[Snapshot],
+    tries: Sequence[int],
+    batch: Any,
+    ctx: CheckContext,
+    *,
+    rank: int = 0,
+) -> list[Probe]:
+    """The last of so many steps from each point. rank: chooses other random numbers."""
+    found = []
+    for place, (point, number) in enumerate(zip(points, tries, strict=True)):
+        for _ in range(number):
+            point.restore(side.bare)
+            probe = side.probe(batch, seed_for(ctx, place, rank))
+        found.append(probe)
     return found
 
 
@@ -108,16 +151,19 @@ def control(
 ) -> list[float]:
     """The eager loss curve from weights moved by their rounding."""
     start = disturbed(baseline.start, baseline.kind, ctx.seed + number)
-    return _curve(case, ctx, start, baseline.points, batches, seeds_of(ctx, len(baseline.curve)))
+    losses, side = _curve(case, ctx, start, baseline, batches, seeds_of(ctx, len(baseline.curve)))
+    if number == 0:
+        baseline.trained.append(side)
+    return losses
 
 
 def reseeded_curves(
     case: TrainingCase, ctx: CheckContext, baseline: Baseline, batches: Sequence[Any]
 ) -> list[list[float]]:
     """Eager loss curves with other random numbers, where compiled draws others as well."""
-    steps, (start, points) = range(len(baseline.curve)), (baseline.start, baseline.points)
+    steps = range(len(baseline.curve))
     return [
-        _curve(case, ctx, start, points, batches, [seed_for(ctx, step, rank) for step in steps])
+        _curve(case, ctx, baseline.start, baseline, batches, [seed_for(ctx, step, rank) for step in steps])[0]
         for rank in (_OTHER, _OTHER + 1)
     ]
 
@@ -134,20 +180,25 @@ def _curve(
     case: TrainingCase,
     ctx: CheckContext,
     start: Snapshot,
-    points: Sequence[Snapshot],
+    baseline: Baseline,
     batches: Sequence[Any],
     seeds: Sequence[int],
-) -> list[float]:
-    side = _as_far(case, ctx, start, points, batches[0])
-    return _known(side.train(start, batches, seeds, lambda step: None))
+) -> tuple[list[float], Side]:
+    side = _as_far(case, ctx, start, baseline.points, baseline.tries, batches[0])
+    return _known(side.train(start, batches, seeds, lambda step: None)), side
 
 
 def _as_far(
-    case: TrainingCase, ctx: CheckContext, start: Snapshot, points: Sequence[Snapshot], batch: Any
+    case: TrainingCase,
+    ctx: CheckContext,
+    start: Snapshot,
+    points: Sequence[Snapshot],
+    tries: Sequence[int],
+    batch: Any,
 ) -> Side:
     """A side that has taken the single steps, as the compiled one has before its curve: steps may count."""
     side = eager(case, ctx, start)
-    probes(side, points, batch, ctx)
+    probes(side, points, tries, batch, ctx)
     return side
 
 
@@ -171,10 +222,9 @@ def _kind(case: TrainingCase, ctx: CheckContext, start: Snapshot, batch: Any) ->
 
 def _comparable(plain: Sequence[Probe], repeated: Sequence[Probe], kind: str) -> None:
     for one, again in zip(plain, repeated, strict=True):
-        given = [gradient for gradient in one.gradients.values() if gradient is not None]
-        if not given:
+        if not one.given:
             raise CheckUndecided(f"the eager step leaves no gradient; {_NOTHING}")
-        if not all(is_finite(gradient) for gradient in given):
+        if not all(is_finite(gradient) for gradient in one.given):
             raise CheckUndecided(f"the eager step gives gradients that are NaN or infinite; {_NOTHING}")
         if wrong := Bounds(one, [], kind).wrong_gradients(again):
             raise CheckUndecided(

@@ -117,6 +117,11 @@ def _other_shapes(unit: Unit, units: list[Unit]) -> str:
 _MODE = re.compile(r"GLOBAL_STATE|grad_mode|\.training\b|no_grad")
 _LIKELY: tuple[tuple[str, str], ...] = (
     (r"\['lr'\]", "the learning rate is a number, and a schedule changes it: lr=torch.tensor(...)"),
+    (
+        r"requires_grad mismatch",
+        "a parameter is frozen or unfrozen in the loop, and each change compiles once more; do it before the "
+        "loop, or expect this (expected_failures)",
+    ),
     (r"grad_mode|GLOBAL_STATE", "a mode that is global (gradients, autocast, ...) is switched in the loop"),
     (r"\bis (not )?None", "an argument is None at times and a tensor at others; give the same in every step"),
     (r"dtype mismatch|expected .*Float|expected .*Long", "tensors of another type; convert to one type"),

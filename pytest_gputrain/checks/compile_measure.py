@@ -19,6 +19,7 @@ from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.checks.compile_context import backend_of
 from pytest_gputrain.checks.compile_sides import Side, Snapshot, compiled, copied, eager
 from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.flops import Flops, count_flops
 from pytest_gputrain.checks.session import draw_batch, seed_everything, seed_for, stream
 from pytest_gputrain.compile.batch_tokens import BatchTokens, tokens_of
 from pytest_gputrain.compile.monitor import CompileMonitor, compile_monitor
@@ -44,6 +45,7 @@ def measure(case: TrainingCase, ctx: CheckContext, blocks: int = BLOCKS, steps: 
         warm_up.block(1)
     peak = _peak(ctx, lambda: warm_up.block(WARM_UP)) - before
     resident = _allocated(ctx) - before
+    flops = count_flops(lambda: warm_up.block(1))
     with backend_of(ctx), compile_monitor() as monitor:
         fast = compiled(case, ctx, start, wraps=_world_size() > 1)
         clock = _Clock(fast, ctx, batches, tokens)
@@ -66,8 +68,16 @@ def measure(case: TrainingCase, ctx: CheckContext, blocks: int = BLOCKS, steps: 
         tokens_per_step=timed[0][0].tokens // timed[0][0].steps,
         useful_per_step=timed[0][0].useful // timed[0][0].steps,
         graphs=len(report.graphs), breaks=len(report.breaks),
-        recompiles=tuple(one.reason for one in report.recompiles), notes=tuple(notes),
+        recompiles=tuple(one.reason for one in report.recompiles),
+        flops_per_token=_flops_per_token(flops, timed[0][0]), flops_dtype=flops.dtype if flops else "",
+        notes=tuple(notes),
     )  # fmt: skip
+
+
+def _flops_per_token(flops: Flops | None, block: Block) -> float | None:
+    """Of all ranks' products over all ranks' tokens."""
+    tokens = block.tokens / block.steps
+    return flops.number * _world_size() / tokens if flops and tokens else None
 
 
 class _Clock:

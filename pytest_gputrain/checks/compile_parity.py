@@ -2,8 +2,9 @@
 
 First single steps: the gradients of every parameter, from the initial weights and from shaken ones (at a
 zero-initialised projection a wrong layer looks like a right one), within what rounding does to them. Then 100
-steps: the loss has to stay within 5 %, and what rounding does to eager training itself. Compiled code is told
-to draw its random numbers as eager does; where it draws others all the same, ``compile_chance`` judges.
+steps: the loss has to stay within 5 %, and what rounding does to eager training itself. Last, what the model
+gives in evaluation. Compiled code is told to draw its random numbers as eager does; where it draws others all
+the same, ``compile_chance`` judges.
 
 Does not look at several ranks, nor at single activations.
 """
@@ -11,7 +12,8 @@ Does not look at several ranks, nor at single activations.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.case import TrainingCase
@@ -19,6 +21,7 @@ from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.ranks import alone
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, CheckSkipped, Figures
+from pytest_gputrain.report.metrics import once
 
 if TYPE_CHECKING:
     from pytest_gputrain.checks.compile_bounds import Wrong
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from pytest_gputrain.compile.trajectory import Parting
 
 BATCHES = 8
+LAST = 8  # steps of the final loss: each batch once
 
 
 @check("compile_parity", subject="compile")
@@ -52,6 +56,7 @@ def _compare(case: TrainingCase, ctx: CheckContext) -> Figures:
         notes = same_start(baseline, side)
         figures, same_draws = _judge_steps(case, ctx, baseline, side, batches[0], monitor, notes)
         curve = _judge_curve(case, ctx, baseline, side, batches, monitor, same_draws, notes)
+        _judge_evaluation(ctx, baseline, side, batches[0], monitor, notes)
     return {**figures, **curve, "notes": notes}
 
 
@@ -87,7 +92,7 @@ def _judge_steps(
     from pytest_gputrain.checks.compile_eager import probes
 
     monitor.step(0, "single steps")
-    got = probes(side, baseline.points, batch, ctx)
+    got = probes(side, baseline.points, baseline.tries, batch, ctx)
     if not monitor.graph_runs:
         raise CheckFailed(*_nothing_compiled(monitor))
     figures = {"graphs": len(monitor.graphs), "precision": baseline.kind}
@@ -100,6 +105,24 @@ def _judge_steps(
             return figures | _by_chance(ctx, baseline, side, batch, notes), False
         raise CheckFailed(*_in_words(baseline, side, place, wrong_loss, wrong))
     return figures | {"parameters": len(side.parameters)}, True
+
+
+def _judge_evaluation(
+    ctx: CheckContext, baseline: Baseline, side: Side, batch: Any, monitor: CompileMonitor, notes: list[str]
+) -> None:
+    """Without gradients the model has another graph. Last, because a loss may count its calls, and with the
+    sides that are trained as far, because it may have weights of its own.
+    """
+    from pytest_gputrain.checks.compile_bounds import disturbed
+    from pytest_gputrain.checks.compile_chance import compare_evaluation
+
+    monitor.step(0, "evaluation")
+    point = baseline.points[-1]
+    near = disturbed(point, baseline.kind, ctx.seed)
+    for one, at in zip([*baseline.trained, side], (point, near, point), strict=True):
+        at.restore(one.bare)
+    if note := compare_evaluation(baseline.trained, side, batch, ctx.seed, baseline.kind):
+        notes.append(f"evaluation was not compared: {note}")
 
 
 def _by_chance(ctx: CheckContext, baseline: Baseline, side: Side, batch: Any, notes: list[str]) -> Figures:
@@ -205,11 +228,29 @@ def _judge_curve(
         parting = part(baseline.curve, curve, [*controls, control(case, ctx, baseline, batches, 1)])
     seconds = {"eager": baseline.step_seconds, "compiled": side.step_seconds}
     keep_curves(case, ctx, baseline.curve, curve, seconds, batches[0], monitor.report())
+    drawn: Figures = {"series": _curves({"eager": baseline.curve, "compiled": curve}, seconds)}
     if parting.at is not None:
-        raise CheckFailed(*_parted(parting, monitor))
+        message, figures = _parted(parting, monitor)
+        raise CheckFailed(message, figures | drawn)
     if parting.judged < number:
         notes.append(f"two eager runs part by themselves after {parting.judged} steps: compared until there")
-    return {"steps": number, "loss off": parting.end, "worst": parting.worst}
+    return {
+        "steps": number,
+        "loss off": parting.end,
+        "worst": parting.worst,
+        **drawn,
+        "metrics": {"final_loss": once(median(curve[-LAST:]), unit="", better="lower")},
+    }
+
+
+def _curves(
+    losses: Mapping[str, Sequence[float]], seconds: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """For the report: both sides' losses and step times."""
+    from pytest_gputrain.report.series import series
+
+    found = [series("loss", side, curve) for side, curve in losses.items()]
+    return found + [series("step_seconds", side, times, unit="s") for side, times in seconds.items()]
 
 
 def _parted(parting: Parting, monitor: CompileMonitor) -> tuple[str, Figures]:

@@ -7,6 +7,7 @@ Does not see what happens later than in some 30 steps, nor ranks that compile at
 from __future__ import annotations
 
 import re
+from statistics import median
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks.compile_growth import LINES, WARM_UP, growth, likely, lines, reason_of, words_of
@@ -16,6 +17,8 @@ from pytest_gputrain.checks.ranks import alone
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, Figures
 from pytest_gputrain.compile.records import CompileReport, GraphBreak
+from pytest_gputrain.report.metrics import once
+from pytest_gputrain.report.series import series
 
 BRIEF = 160
 # What waits for the device in the middle of forward, or cannot be in a graph at all: seldom meant.
@@ -37,6 +40,11 @@ def check_compile_no_recompiles(case: TrainingCase, ctx: CheckContext) -> Figure
         "recompiles": len(report.recompiles),
         "graph breaks": len(report.breaks),
         "seconds compiling": round(report.compile_seconds, 2),
+        "series": [_by_unit(loop, report)],
+        "metrics": {
+            "compile_cpu_seconds": once(_cpu_seconds(loop.units), unit="s", better="lower"),
+            "graphs": once(len(report.graphs), unit="graphs", better="lower", spread=0.0),
+        },
     }
     _judge_errors(report, loop.units, figures)
     _judge_growth(loop, report, figures)
@@ -44,6 +52,24 @@ def check_compile_no_recompiles(case: TrainingCase, ctx: CheckContext) -> Figure
     _judge_breaks(report, figures)
     notes = [loop.left_out] if loop.left_out else []
     return {**figures, "notes": notes + _notes(report)}
+
+
+def _by_unit(loop: Loop, report: CompileReport) -> Figures:
+    """Graphs compiled, the first ones too, by unit of the loop: steps, evaluation and saving in turn."""
+    made = dict.fromkeys((unit.number for unit in loop.units), 0)
+    for graph in report.graphs:
+        if graph.step is not None:
+            made[graph.step] = made.get(graph.step, 0) + 1
+    return series(
+        "recompiles", "graphs by step, evaluation or save", [*made.values()], x=[*made], unit="graphs"
+    )
+
+
+def _cpu_seconds(units: list[Unit]) -> float:
+    """Of the units that compile, beyond what others take: unlike the clock's it hardly knows neighbours."""
+    plain = [unit.cpu_seconds for unit in units if unit.graphs[0] == unit.graphs[1]]
+    usual = median(plain) if plain else 0.0
+    return sum(max(0.0, u.cpu_seconds - usual) for u in units if u.graphs[0] != u.graphs[1])
 
 
 def _judge_errors(report: CompileReport, units: list[Unit], figures: Figures) -> None:
@@ -95,6 +121,20 @@ def _judge_runs(loop: Loop, report: CompileReport, steps: list[Unit], figures: F
         )
     if not idle:
         return
+    whole = next((found for found in report.breaks if found.skipped and not found.in_torch), None)
+    if whole is not None and not report.suppressed:
+        often = (
+            "no graph ran"
+            if len(idle) == len(steps)
+            else f"no graph ran in {len(idle)} of {len(steps)} steps"
+        )
+        raise CheckFailed(
+            f"torch leaves {whole.function} uncompiled, for a graph break after which it cannot go on, "
+            f"and {often}   at {whole.location}: {_brief(whole)}\n"
+            "  likely: the break is in a loop or a with; take it out of there, or compute with the tensor "
+            "(torch.where)",
+            figures,
+        )
     if len(idle) < len(steps):
         raise CheckFailed(
             f"no compiled graph ran in {len(idle)} of {len(steps)} steps, the first of them step {idle[0]}\n"

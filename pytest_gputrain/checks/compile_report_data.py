@@ -6,7 +6,6 @@ By whoever runs the checks the folder is turned into tables and pictures (``repo
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.schemas import head
+from pytest_gputrain.whole_files import replacing
 
 if TYPE_CHECKING:
     from pytest_gputrain.compile.records import CompileReport
@@ -55,11 +56,11 @@ def keep(case: TrainingCase, ctx: CheckContext, what: str, data: Mapping[str, An
 
     folder = Path(ctx.compile_report)
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"case": case.name, "device": ctx.device, "kind": what, "origin": origin(), **data}
+    about = {"case": case.name, "device": ctx.device, "kind": what, "origin": origin()}
+    document = {**head("gputrain.compile"), **about, **data}
     path = folder / f"{safe(case.name)}-{ctx.device}-{what}.json"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def safe(name: str) -> str:

@@ -68,6 +68,11 @@ class Probe:
     gradients: Tensors
     buffers: Tensors
 
+    @property
+    def given(self) -> list[Any]:
+        """The gradients that there are."""
+        return [gradient for gradient in self.gradients.values() if gradient is not None]
+
 
 @dataclass
 class Side:
@@ -95,19 +100,39 @@ class Side:
 
     def quiet(self, batch: Any, seed: int) -> Probe:
         """The case's own loss and its gradients in evaluation mode, where dropout does nothing."""
-        modules = list(self.bare.modules()) + ([self.run] if isinstance(self.run, torch.nn.Module) else [])
-        modes = [module.training for module in modules]
         for parameter in self.parameters.values():
             parameter.grad = None
+        with self._evaluating(seed):
+            loss = self.case.loss(self.run, copied(batch))
+            loss.backward()
+            gradients = {name: _copy(parameter.grad) for name, parameter in self.parameters.items()}
+        return Probe(loss_value(loss), gradients, {})
+
+    def outputs(self, batch: Any, seed: int) -> Probe:
+        """The case's own loss as an evaluation computes it, without gradients; in their place, what the model
+        gives, by number. Of a function that is compiled, as of a method, only the loss is seen.
+        """
+        seen: list[Any] = []
+        with contextlib.ExitStack() as stack:
+            if isinstance(self.run, torch.nn.Module):
+                handle = self.run.register_forward_hook(lambda module, inputs, output: seen.append(output))
+                stack.callback(handle.remove)
+            stack.enter_context(self._evaluating(seed))
+            stack.enter_context(torch.no_grad())
+            loss = self.case.loss(self.run, copied(batch))
+        tensors = [tensor for tensor in pytree.tensors(seen) if tensor.is_floating_point()]
+        return Probe(loss_value(loss), {f"output {n}": _copy(one) for n, one in enumerate(tensors)}, {})
+
+    @contextlib.contextmanager
+    def _evaluating(self, seed: int) -> Iterator[None]:
+        modules = list(self.bare.modules()) + ([self.run] if isinstance(self.run, torch.nn.Module) else [])
+        modes = [module.training for module in modules]
         try:
             for module in modules:
                 module.eval()
             seed_everything(seed)
             with self.guard():
-                loss = self.case.loss(self.run, copied(batch))
-                loss.backward()
-            gradients = {name: _copy(parameter.grad) for name, parameter in self.parameters.items()}
-            return Probe(loss_value(loss), gradients, {})
+                yield
         finally:
             for module, mode in zip(modules, modes, strict=True):
                 object.__setattr__(module, "training", mode)

@@ -15,6 +15,8 @@ from pytest_gputrain.checks.ranks import alone, on_ranks
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, CheckSkipped, Figures
 from pytest_gputrain.report.metrics import measured, once, spread_of
+from pytest_gputrain.report.mfu import DTYPE, FLOPS
+from pytest_gputrain.report.series import series
 
 if TYPE_CHECKING:
     from pytest_gputrain.compile.speed import SpeedReport
@@ -40,6 +42,7 @@ def check_compile_speed(case: TrainingCase, ctx: CheckContext) -> Figures:
         return figures
     problems: list[str] = []
     metrics: Figures = {}
+    drawn: list[Figures] = []
     for world_size in _world_sizes():
         report: SpeedReport = on_ranks(
             _measure, case, ctx, world_size=world_size, doing="timing eager and compiled in turn"
@@ -49,7 +52,10 @@ def check_compile_speed(case: TrainingCase, ctx: CheckContext) -> Figures:
         figures |= {f"{where}{name}": value for name, value in figures_of(report).items()}
         after = "" if world_size == 1 else f"_{world_size}_ranks"
         metrics |= {f"{name}{after}": value for name, value in metrics_of(report).items()}
-    figures["metrics"] = metrics
+        drawn += series_of(report)
+        if report.flops_per_token is not None:
+            figures |= {FLOPS: report.flops_per_token, DTYPE: report.flops_dtype}
+    figures |= {"metrics": metrics, "series": drawn}
     if problems:
         raise CheckFailed("\n  ".join(problems), figures)
     return figures
@@ -91,6 +97,17 @@ def metrics_of(report: SpeedReport) -> dict[str, Figures]:
     }
     if compiled.peak_bytes is not None:
         found["peak_bytes"] = once(compiled.peak_bytes, unit="bytes", better="lower", spread=0.0)
+    return found
+
+
+def series_of(report: SpeedReport) -> list[Figures]:
+    """Both sides' steady steps, for the report's plots."""
+    found = []
+    for name, side in (("eager", report.eager), ("compiled", report.compiled)):
+        label = name if report.world_size == 1 else f"{name}, {report.world_size} ranks"
+        speeds = [report.tokens_per_step / seconds if seconds else None for seconds in side.step_seconds]
+        found.append(series("step_seconds", label, side.step_seconds, unit="s"))
+        found.append(series("tokens_per_second", label, speeds, unit="tokens/s"))
     return found
 
 

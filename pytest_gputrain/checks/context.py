@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pytest_gputrain.endurance.plan import StabilityOptions, checked_iterations
+
 DEVICES = ("cpu", "cuda")
 
 # What starts ranks where a context names nothing: pytest's session puts its own here for each test.
@@ -21,6 +23,11 @@ SESSION_COMPILE_REPORT: ContextVar[str | None] = ContextVar("gputrain_session_co
 # Who is told of every result, with its context, as it comes: a report that is being recorded.
 SESSION_RESULTS: ContextVar[Callable[[Any, CheckContext], None] | None] = ContextVar(
     "gputrain_session_results", default=None
+)
+
+# Who is told of figures beside any check, such as those of a fixture: the same report.
+SESSION_FIGURES: ContextVar[Callable[[dict[str, Any]], None] | None] = ContextVar(
+    "gputrain_session_figures", default=None
 )
 
 # The folder of that report, for what a check leaves beside it.
@@ -39,7 +46,8 @@ class CheckContext:
     how it is called); None measures the case alone. compile_report: folder for what the compile checks saw,
     absolute. compile_backend: what the compile checks put in inductor's place; None is "aot_eager" on cpu,
     and on cuda what the case compiles with. simulated: tensor-parallel checks simulate their ranks in one
-    process, and those that cannot are skipped. Raises ValueError for a value that is not legal.
+    process, and those that cannot are skipped. iterations: steps of ``stable_training``; None is up to 300
+    or about a minute. stability: how that run is kept. Raises ValueError for a value that is not legal.
     """
 
     device: str = "cpu"
@@ -53,8 +61,11 @@ class CheckContext:
     compile_report: str | None = None
     compile_backend: str | None = None
     simulated: bool = False
+    iterations: int | None = None
+    stability: StabilityOptions | None = None
 
     def __post_init__(self) -> None:
+        checked_iterations(self.iterations)
         if self.device not in DEVICES:
             raise ValueError(f"device is {self.device!r}; give one of {', '.join(DEVICES)}")
         if not isinstance(self.world_size, int) or self.world_size < 2:

@@ -161,10 +161,22 @@ def _loaded(
     return fresh
 
 
+def _as_it_is(case: TrainingCase) -> TrainingCase:
+    """A copy of the case with what it holds now; itself where that cannot be copied (an iterator, say)."""
+    from pytest_gputrain.checks.compile_sides import own_copy
+
+    try:
+        return own_copy(case)
+    except Exception:
+        return case
+
+
 def _compare(
     case: TrainingCase, ctx: CheckContext, saved: Saved, fresh: Any, built: Compiled, monitor: Any
 ) -> None:
-    """Both evaluate, the fresh one first: what it compiles is compiled by the model itself."""
+    """Both evaluate, the fresh one first: what it compiles is compiled by the model itself. Each with a copy
+    of the case: a loss may draw from a generator of its own.
+    """
     from pytest_gputrain.checks.compile_sides import without_compiling
     from pytest_gputrain.checks.session import draw_batch
 
@@ -172,14 +184,14 @@ def _compare(
     saved.apart = differing(fresh.state_dict(), built.model)
     with_numbers_of(fresh, built.model)
     before = len(monitor.graphs)
-    again = evaluated(case, ctx, fresh, batch)
+    again = evaluated(_as_it_is(case), ctx, fresh, batch)
     by_itself = len(monitor.graphs) - before
     monitor.phase("original")
     if built.is_wrapped:
-        original = evaluated(case, ctx, built.model, batch)
+        original = evaluated(_as_it_is(case), ctx, built.model, batch)
     else:  # compiled in place, or in regions: calling it is calling what is compiled
         with without_compiling():
-            original = evaluated(case, ctx, built.model, batch)
+            original = evaluated(_as_it_is(case), ctx, built.model, batch)
     if not by_itself:
         saved.by_original = [f"{g.function} at {g.location}" for g in monitor.graphs[before:]]
     if again is None or original is None:

@@ -69,7 +69,7 @@ class LaggingDevice:
         return lambda *args, **kwargs: self.wait()
 
 
-_HOMES: list[Any] = [torch.cuda, *([torch.accelerator] if hasattr(torch, "accelerator") else [])]
+_HOMES: list[Any] = [torch.cuda, torch.accelerator]
 _ORIGINALS = [home.synchronize for home in _HOMES]
 
 

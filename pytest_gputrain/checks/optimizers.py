@@ -6,12 +6,12 @@ whether an update is right, only that there is one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.finite import parameters_are_finite
+from pytest_gputrain.checks.optimizer_book import Book, changed, snapshot
 from pytest_gputrain.checks.ranks import alone
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, Figures
@@ -28,116 +28,6 @@ def check_optimizer_covers(case: TrainingCase, ctx: CheckContext) -> Figures:
     return figures
 
 
-@dataclass
-class _Book:
-    """What was seen of each parameter, by name, over all steps."""
-
-    parameters: dict[str, Any]
-    held: set[str] = field(default_factory=set)
-    twice: dict[str, list[str]] = field(default_factory=dict)
-    broken: set[str] = field(default_factory=set)
-    moved: set[str] = field(default_factory=set)
-    moved_in_update: set[str] = field(default_factory=set)
-    pushed: set[str] = field(default_factory=set)
-    cleared: set[str] = field(default_factory=set)
-    beyond_rounding: set[str] = field(default_factory=set)
-    rates: dict[str, float] = field(default_factory=dict)
-    outside: list[Any] = field(default_factory=list)
-    updates: int = 0
-    torch_updates: int = 0
-
-    def __post_init__(self) -> None:
-        self.names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._before: dict[str, Any] = {}
-        self._updating = False
-        self._holders: dict[str, dict[int, str]] = {}
-
-    def begin_step(self) -> None:
-        """Two optimizers may take turns from step to step; in one step they may not both hold a parameter."""
-        self._holders.clear()
-
-    def hold(self, optimizer: Any) -> None:
-        """What one optimizer has in its groups; with a name for the message if it has one twice."""
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = self.names.get(id(parameter))
-                if name is None:
-                    self.outside.append(parameter)
-                    continue
-                self.held.add(name)
-                rate = abs(float(group.get("lr", 1.0)))
-                self.rates[name] = max(rate, self.rates.get(name, 0.0))
-
-    def before_update(self, optimizer: Any, held: list[Any] | None) -> None:
-        self._before, self._updating = snapshot(self.parameters), True
-        if held is None:
-            names = list(self.parameters)
-        else:
-            self.torch_updates += 1
-            self.hold(optimizer)
-            names = [self.names[id(parameter)] for parameter in held if id(parameter) in self.names]
-            self._count_holders(optimizer, names)
-        for name in names:
-            self._look(name)
-
-    def after_update(self, optimizer: Any, held: list[Any] | None) -> None:
-        self.updates += 1
-        self._updating = False
-        self.moved_in_update |= changed(self._before, self.parameters)
-
-    def after_backward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """Around a backward pass: which gradients there are before anybody can clear them."""
-        from pytest_gputrain.trace.digest import whole
-
-        outcome = original(*args, **kwargs)
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None and bool((whole(parameter.grad) != 0).any()):
-                self.cleared.add(name)
-                if self._updating:  # a closure: the optimizer calls back for its gradients
-                    self.pushed.add(name)
-        return outcome
-
-    def _count_holders(self, optimizer: Any, names: list[str]) -> None:
-        for name in dict.fromkeys(names):
-            holders = self._holders.setdefault(name, {})
-            holders[id(optimizer)] = type(optimizer).__name__
-            if names.count(name) > 1:
-                self.twice[name] = [type(optimizer).__name__] * names.count(name)
-            elif len(holders) > 1:
-                self.twice[name] = list(holders.values())
-
-    def _look(self, name: str) -> None:
-        """Whether this parameter has a gradient, and one that its precision can turn into a movement."""
-        import torch
-
-        from pytest_gputrain.trace.digest import is_finite, whole
-
-        parameter = self.parameters[name]
-        gradient = parameter.grad
-        if gradient is None:
-            return
-        if not is_finite(gradient):
-            self.broken.add(name)
-        gradient = whole(gradient).abs().double()
-        if not bool((gradient != 0).any()):
-            return
-        self.pushed.add(name)
-        step = self.rates.get(name, 1.0) * gradient.clamp(max=1.0)
-        smallest = torch.finfo(parameter.dtype).eps * parameter.detach().abs().double()
-        if bool((step > smallest).any()):
-            self.beyond_rounding.add(name)
-
-
-def snapshot(parameters: dict[str, Any]) -> dict[str, Any]:
-    return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-
-
-def changed(before: dict[str, Any], parameters: dict[str, Any]) -> set[str]:
-    import torch
-
-    return {name for name, old in before.items() if not torch.equal(old, parameters[name].detach())}
-
-
 def _watch(case: TrainingCase, ctx: CheckContext) -> Figures:
     """In the rank: five steps, more while the optimizer has not stepped."""
     from pytest_gputrain.checks.session import build_alone, draw_batch, seed_for, take_step
@@ -147,7 +37,7 @@ def _watch(case: TrainingCase, ctx: CheckContext) -> Figures:
 
     model = build_alone(case, ctx)
     optimizer = case.optimizer(model)
-    book = _Book(named_parameters(model))
+    book = Book(named_parameters(model))
     trainable = [name for name, parameter in book.parameters.items() if parameter.requires_grad]
     for inner in optimizers_in(optimizer):
         book.hold(inner)
@@ -167,7 +57,7 @@ def _watch(case: TrainingCase, ctx: CheckContext) -> Figures:
     return _judge(book, trainable, owners(model), steps)
 
 
-def _judge(book: _Book, trainable: list[str], owned_by: dict[str, Any], steps: int) -> Figures:
+def _judge(book: Book, trainable: list[str], owned_by: dict[str, Any], steps: int) -> Figures:
     from pytest_gputrain.trace.gradients import describe_missing
 
     total, figures = len(trainable), {"parameters": len(trainable), "steps": steps}
@@ -209,7 +99,7 @@ def _judge(book: _Book, trainable: list[str], owned_by: dict[str, Any], steps: i
     return {**figures, "lost_in_rounding": still, "notes": _notes(book, still)}
 
 
-def _judge_new(model: Any, optimizer: Any, book: _Book, step: int) -> None:
+def _judge_new(model: Any, optimizer: Any, book: Book, step: int) -> None:
     """A module that is replaced while training has parameters that the optimizer never saw."""
     from pytest_gputrain.trace.gradients import describe_missing
     from pytest_gputrain.trace.names import named_parameters, owners
@@ -235,7 +125,7 @@ def _judge_new(model: Any, optimizer: Any, book: _Book, step: int) -> None:
         )
 
 
-def _judge_hidden(model: Any, book: _Book) -> None:
+def _judge_hidden(model: Any, book: Book) -> None:
     """A layer in a plain list computes and gets gradients, and nothing ever updates, moves or saves it."""
     from pytest_gputrain.trace.names import hidden_parameters
 
@@ -255,7 +145,7 @@ def _judge_hidden(model: Any, book: _Book) -> None:
         )
 
 
-def _why_missing(book: _Book, alien: list[str]) -> str:
+def _why_missing(book: Book, alien: list[str]) -> str:
     shapes = {tuple(book.parameters[name].shape) for name in alien}
     if shapes & {tuple(parameter.shape) for parameter in book.outside}:
         return (
@@ -265,13 +155,13 @@ def _why_missing(book: _Book, alien: list[str]) -> str:
     return "the groups were made by a filter that leaves them out, or before these modules were added"
 
 
-def _why_still(book: _Book, stuck: list[str]) -> str:
+def _why_still(book: Book, stuck: list[str]) -> str:
     if all(book.rates.get(name) == 0.0 for name in stuck):
         return "their group's learning rate is 0 in every step"
     return "the optimizer's step leaves them out, or something restores them after it"
 
 
-def _notes(book: _Book, lost: list[str]) -> list[str]:
+def _notes(book: Book, lost: list[str]) -> list[str]:
     if not lost:
         return []
     kinds = sorted({str(book.parameters[name].dtype).removeprefix("torch.") for name in lost})

@@ -61,9 +61,9 @@ class BoundCheck:
         ctx = replace(self.ctx, launcher=launcher or self.ctx.launcher, compile_report=report)
         try:
             preflight(chosen, ctx)
+            result = get_check(self.id).function(chosen, ctx)  # a check raises for bad input only
         except ValueError as error:
             pytest.fail(str(error), pytrace=False)
-        result = get_check(self.id).function(chosen, ctx)
         write_compile_report(ctx)
         return result
 

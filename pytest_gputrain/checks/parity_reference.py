@@ -15,7 +15,8 @@ from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.parity import RankRun
 from pytest_gputrain.checks.parity_hints import explain
 from pytest_gputrain.checks.parity_replay import Replay, Replica, Tensors, read
-from pytest_gputrain.checks.parity_verdict import Comparison, Verdicts, is_rounding_only
+from pytest_gputrain.checks.parity_verdict import Verdicts, is_rounding_only
+from pytest_gputrain.checks.parity_words import Comparison
 from pytest_gputrain.checks.result import CheckUndecided, Figures
 from pytest_gputrain.trace.names import owners
 from pytest_gputrain.trace.steps import AFTER_BACKWARD, AT_STEP, StepRecord

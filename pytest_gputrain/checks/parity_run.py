@@ -12,6 +12,7 @@ from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.finite import in_words, not_finite
 from pytest_gputrain.checks.parity import ACCUMULATING_STEP, NUM_MICRO_BATCHES, STEPS, RankRun, StepFacts
 from pytest_gputrain.checks.parity_rank import before_forward, keep_state
+from pytest_gputrain.checks.parity_reasons import Reasons
 from pytest_gputrain.checks.peers import Peers, digests_of
 from pytest_gputrain.trace.digest import is_finite, value_digest
 from pytest_gputrain.trace.names import canonical_name, named_buffers, owners
@@ -47,6 +48,7 @@ class _Run:
         self.parameters = {n: p for n, p in everything.items() if n not in ignored or n in self.ignored}
         self.recorder = StepRecorder(self.parameters, self.optimizer)
         self.report = RankRun()
+        self._reasons = Reasons(self.peers, self.model, self.wrapped, self.parameters, self.ignored)
         self._buffers: dict[str, Any] | None = None
         self._random_states: list[dict[str, Any]] = []
 
@@ -154,7 +156,8 @@ class _Run:
             both = not missing[AFTER_BACKWARD][index] and not missing[AT_STEP][index]
             if both and digests[AFTER_BACKWARD][index] != digests[AT_STEP][index]:
                 facts.processed.append(name)
-        self._unsynced = [name for name, moment in facts.synced.items() if moment is None]
+        at_step = zip(self.parameters, deviating[AT_STEP], missing[AT_STEP], strict=True)
+        self._reasons.changed_by_rank = {name for name, ranks, absent in at_step if ranks and not absent}
         self._save("gradients", step, record.gradients)
         for number, update in enumerate(record.updates):
             self._save(f"update-{number}", step, update)
@@ -191,51 +194,8 @@ class _Run:
         return (
             f"parameters differ across ranks {when}: {name}{where} on rank {rank} is up to "
             f"{sizes[name][rank]:.2g} from rank 0's ({len(differing)} of {len(self.parameters)} parameters)\n"
-            f"  likely: {self._why(differing, record, micro_batches)}"
+            f"  likely: {self._reasons.why(differing, record, self.report.steps, micro_batches)}"
         )
-
-    def _why(
-        self, differing: dict[str, list[int]], record: StepRecord | None, micro_batches: list[Any] | None
-    ) -> str:
-        if set(differing) <= self.ignored:
-            return (
-                "they are in the model's _ddp_params_and_buffers_to_ignore, so each rank trains its own; if "
-                "that is meant (expert parallelism), put ddp_parity in the case's expected_failures"
-            )
-        if record is None:
-            return "the ranks start from different weights, and wrap does not broadcast rank 0's"
-        if not set(differing) & set(self._unsynced):
-            return (
-                "the gradients agree, so the update itself differs: learning rate, weight decay or optimizer "
-                "state is not the same on all ranks, or weights are changed outside the optimizer"
-            )
-        unused = [name for name, gradient in record.gradients[AFTER_BACKWARD].items() if gradient is None]
-        unused = [name for name in unused if self.parameters[name].requires_grad]
-        if unused and hasattr(self.wrapped, "find_unused_parameters"):
-            return (
-                f"{', '.join(unused[:3])} got no gradient, so DistributedDataParallel never finished its "
-                "reduction and each rank kept its own gradients; it raises in the next step"
-            )
-        if micro_batches is not None and len(micro_batches) > 1:
-            return (
-                f"gradients are not synchronised in the step with {len(micro_batches)} micro-batches: "
-                "no_sync has to end before the last one's forward"
-            )
-        which = "their gradients" if len(differing) < len(self.parameters) else "gradients"
-        earlier = self.report.steps[:-1]
-        if earlier and all(facts.synced[name] is not None for facts in earlier for name in differing):
-            return f"{which} are averaged over ranks at first, and no more from step {len(earlier)} on"
-        return f"{which} are not averaged over ranks{self._why_never(differing)}"
-
-    def _why_never(self, differing: dict[str, list[int]]) -> str:
-        if self.wrapped is self.model:
-            return ": wrap returns the bare model"
-        inside = {id(parameter) for parameter in self.wrapped.parameters()}
-        if all(id(self.parameters[name]) not in inside for name in differing):
-            return ": they are outside the wrapped model"
-        if len(differing) == len(self.parameters):
-            return ": the step trains around the wrapper (model.module(...)), or the wrapper does not average"
-        return ""
 
     def _save(self, what: str, step: int, tensors: Any) -> None:
         if self.peers.rank == 0:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from pytest_gputrain.checks.averages import Average, wide
+from pytest_gputrain.checks.parity_words import Comparison, Deviation, is_factor, told
 from pytest_gputrain.checks.result import CheckFailed, CheckUndecided, Figures
 from pytest_gputrain.trace.names import Owner
 
@@ -21,34 +22,7 @@ UPDATE_TOLERANCE = 0.05
 COMPRESSION = 2.0**-7
 COMPRESSION_UNDERFLOW = 6e-8  # smallest float16
 NOT_REPEATABLE = 0.05
-SAME_FACTOR = 0.02
 _INFINITE = float("inf")
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """One parameter that is off. ratio: the factor that explains most of it; rest: what it leaves.
-
-    words: what is said of it in place of "off by"; moment: whose gradient it is.
-    """
-
-    name: str
-    error: float
-    ratio: float
-    rest: float
-    words: str = ""
-    moment: str = ""
-
-
-@dataclass
-class Comparison:
-    """All parameters of one step."""
-
-    step: int
-    micro_batches: int
-    compared: int = 0
-    worst: float = 0.0
-    wrong: list[Deviation] = field(default_factory=list)
 
 
 class Verdicts:
@@ -164,7 +138,7 @@ class Verdicts:
         wrong = [deviation for comparison in comparisons for deviation in comparison.wrong]
         if self.reduction != "sum" or not wrong:
             return comparisons
-        if not all(_is_factor(deviation, float(self.world_size)) for deviation in wrong):
+        if not all(is_factor(deviation, float(self.world_size)) for deviation in wrong):
             return comparisons
         self.factor = float(self.world_size)
         self.notes.append(
@@ -187,48 +161,20 @@ class Verdicts:
         if first is None:
             return
         also = [comparison.step for comparison in comparisons if comparison.wrong]
-        words, is_explained = self._words(first, what, at, all_steps=len(also) == len(comparisons))
+        words, is_explained = told(
+            first,
+            what,
+            at,
+            all_steps=len(also) == len(comparisons),
+            world_size=self.world_size,
+            owners=self.owners,
+        )
         if not is_explained and (cause := explain(first)):
             words += f"\n  likely: {cause}"
         raise CheckFailed(
             words,
             {"steps": also, "wrong": sorted(deviation.name for deviation in first.wrong)},
         )
-
-    def _words(self, comparison: Comparison, what: str, at: str, *, all_steps: bool) -> tuple[str, bool]:
-        """And whether the words say the cause."""
-        wrong = sorted(comparison.wrong, key=lambda deviation: -deviation.error)
-        when = "in every step" if all_steps else f"in step {comparison.step}"
-        if not all_steps and comparison.micro_batches > 1:
-            when += f", which has {comparison.micro_batches} micro-batches"
-        counted = f"{len(wrong)} of {max(comparison.compared, len(wrong))} parameters"
-        ratio = wrong[0].ratio
-        if what == "gradients" and all(_is_factor(deviation, ratio) for deviation in wrong):
-            names = "" if len(wrong) == comparison.compared else f": {self._named(wrong)}"
-            return (
-                f"{at}gradients are {ratio:.3f} x the single-process reference on every rank ({counted}) "
-                f"{when}{names}\n  likely: {self._why_factor(ratio)}"
-            ), True
-        return (
-            f"{at}{what} differ from the single-process reference on every rank ({counted}) {when}: "
-            f"{self._named(wrong)}"
-        ), False
-
-    def _named(self, wrong: list[Deviation]) -> str:
-        texts = []
-        for deviation in wrong[:5]:
-            how = deviation.words or f"off by {deviation.error:.1%}"
-            owner = f" ({self.owners[deviation.name]})" if deviation.name in self.owners else ""
-            texts.append(f"{deviation.name}{owner} {how}")
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        return ", ".join(texts) + more
-
-    def _why_factor(self, ratio: float) -> str:
-        if abs(ratio - self.world_size) < SAME_FACTOR * self.world_size:
-            return f"they are summed over ranks and not divided by the world size {self.world_size}"
-        if abs(ratio * self.world_size - 1) < SAME_FACTOR:
-            return f"gradients are divided by the world size {self.world_size} twice"
-        return "the step scales the loss or the gradients differently on several ranks than on one"
 
     def figures(self, steps: int) -> Figures:
         """Raises CheckUndecided when nothing was compared: that must never read as a pass."""
@@ -269,8 +215,3 @@ def _finite(tensor: Any) -> bool:
     import torch
 
     return bool(torch.isfinite(tensor).all())
-
-
-def _is_factor(deviation: Deviation, factor: float) -> bool:
-    close = abs(deviation.ratio - factor) <= SAME_FACTOR * abs(factor)
-    return close and deviation.rest <= SAME_FACTOR and not deviation.words

@@ -5,6 +5,7 @@ Their own, so that a collective the user's code left pending is not taken for on
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,17 @@ class Peers:
         return [
             [rank for rank in range(self.world_size) if differs[rank][item]] for item in range(len(digests))
         ]
+
+    def agree(self, digest: str, flag: bool) -> tuple[bool, bool]:
+        """Whether all ranks hold the same digest, and whether the flag is up on any: one small message."""
+        import torch
+        import torch.distributed as dist
+
+        number = int.from_bytes(hashlib.blake2b(digest.encode(), digest_size=7).digest(), "big")
+        largest = torch.tensor([number, -number, int(flag)])
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        most, least, raised = largest.tolist()
+        return most == -least, bool(raised)
 
     def flagged(self, flags: Sequence[bool]) -> list[list[int]]:
         """By item, the ranks whose flag is set."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,13 +40,19 @@ class Ended:
 
 
 def on_ranks(
-    body: RankBody, case: TrainingCase, ctx: CheckContext, *args: Any, world_size: int, doing: str
+    body: RankBody,
+    case: TrainingCase,
+    ctx: CheckContext,
+    *args: Any,
+    world_size: int,
+    doing: str,
+    env: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """``body(case, ctx, *args)`` on every rank; returns the values by rank.
 
-    doing: what the ranks do, for the message. Raises CheckFailed when the launch comes to anything but
-    PASSED, its cause first; CheckUndecided when the check's own code raised; whatever a body raised of
-    CheckOutcome.
+    doing: what the ranks do, for the message; env: variables of theirs. Raises CheckFailed when the launch
+    comes to anything but PASSED, its cause first; CheckUndecided when the check's own code raised; whatever a
+    body raised of CheckOutcome.
     """
     launcher = _launcher(ctx)
     _require_gpus(ctx, world_size, launcher.defaults.share_gpu)
@@ -59,7 +65,7 @@ def on_ranks(
         world_size=world_size,
         device=ctx.device,
         timeout=ctx.timeout,
-        env=_ENVIRON,
+        env={**_ENVIRON, **(env or {})},
         check=False,
     )
     if result.shared_gpu:

@@ -14,6 +14,7 @@ from pytest_gputrain.checks.preflight import preflight
 from pytest_gputrain.checks.registry import chosen_ids, get_check
 from pytest_gputrain.checks.result import CheckResult
 from pytest_gputrain.checks.tp_plan import refuse_plan
+from pytest_gputrain.endurance.plan import StabilityOptions
 
 TENSOR_PARALLEL = "tp_"
 
@@ -38,6 +39,8 @@ def run_checks(
     compile_report: str | Path | None = None,
     compile_backend: str | None = None,
     simulated: bool = False,
+    iterations: int | None = None,
+    stability: StabilityOptions | None = None,
 ) -> list[CheckResult]:
     """One result a check, in the order asked for (default: all, in their own order).
 
@@ -46,7 +49,9 @@ def run_checks(
     measurement of speed, which ``compile_speed`` then judges; compile_report: a folder for tables and
     pictures of eager against compiled; compile_backend: in inductor's place, default "aot_eager" on cpu;
     simulated: the ranks of tensor-parallel checks are simulated in one process, and only these checks run
-    unless others are named. A check in ``case.expected_failures`` that fails is ``skipped``, with the reason;
+    unless others are named; iterations: exactly so many steps of ``stable_training``, default up to 300 or
+    about a minute; stability: where that run is kept, and losses to compare with. A check in
+    ``case.expected_failures`` that fails is ``skipped``, with the reason;
     one that passes is ``failed``. Once ``ddp_completes`` failed with a hang, ``ddp_parity`` and
     ``ddp_data_differs`` are ``skipped``. Raises ValueError (CaseError) with one line for an unknown check or
     backend, a case whose model cannot be built or whose batch cannot be drawn, or, where ``tp_*`` checks are
@@ -67,6 +72,8 @@ def run_checks(
         compile_report=None if compile_report is None else str(Path(compile_report).absolute()),
         compile_backend=compile_backend,
         simulated=simulated,
+        iterations=iterations,
+        stability=stability,
     )
     if simulated and checks is None:
         ids = [check_id for check_id in ids if check_id.startswith(TENSOR_PARALLEL)]

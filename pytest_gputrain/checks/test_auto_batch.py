@@ -2,14 +2,12 @@
 
 Runs the package's own training script (``reference/train.py``) under memory budgets that it measures first,
 on 1, 2 and 4 ranks; with ``--gputrain-case``, the tests that are not about the script's own options train
-that case instead. The cuda tests need as many GPUs as ranks. With ``--stability`` come depths 12 to 32: at
-full width on a GPU; narrow, with few steps and a small budget, on a CPU.
+that case instead. The cuda tests need as many GPUs as ranks.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +18,6 @@ from pytest_gputrain.checks.context import DEVICES
 from pytest_gputrain.checks.throughput import compare, write
 from pytest_gputrain.launch import Verdict
 from pytest_gputrain.plugin.cases import cases_of
-from pytest_gputrain.plugin.markers import stability_plan
 from pytest_gputrain.plugin.settings import settings_of
 from pytest_gputrain.values import LEAST_CAPACITY, format_size
 
@@ -34,9 +31,6 @@ RANKS = {"test_two_ranks": 2, "test_four_ranks": 4, "test_out_of_memory_on_one_r
 SAMPLES = 12  # what the budgets hold: far enough from 1 and from the 8 that is the script's default
 TOTAL = 20  # samples a step, in the tests that accumulate: what fits does not divide it
 FACTOR = 16  # evaluation's batch against training's, where evaluation is what runs out of memory
-SEQUENCES_OF_STABILITY = {"cpu": 32, "cuda": 2048}
-HOURS_OF_STABILITY = 6  # at most: 1,000 steps at depth 32 and 128 samples take hours on one GPU
-STEPS_ON_CPU = 20  # a CPU runs a twentieth of the steps that the marker asks for
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -276,29 +270,3 @@ def test_throughput_comparison(
     assert kept["manual"]["tokens"] == kept["auto"]["tokens"]
     assert kept["manual"]["discovery_seconds"] < kept["auto"]["discovery_seconds"]
     assert kept["auto"]["device_batch_size"] > kept["manual"]["device_batch_size"]
-
-
-@pytest.mark.parametrize(
-    "depth",
-    [pytest.param(depth, marks=pytest.mark.stability(depth=depth)) for depth in (12, 20, 26, 32)],
-)
-def test_stability_at_the_size_found(
-    script: Subject, depth: int, ddp_launcher: PytestLauncher, trials: Trials, request: pytest.FixtureRequest
-) -> None:
-    """Many steps at the size found: no out-of-memory, finite losses that fall."""
-    plan = stability_plan(next(request.node.iter_markers("stability")))
-    on_cpu = script.device == "cpu"
-    shape = [f"--depth={plan.depth}", f"--sequence_length={SEQUENCES_OF_STABILITY[script.device]}"]
-    shape += ["--width=32"] if on_cpu else ["--dtype=bfloat16"]
-    steps = plan.iterations // STEPS_ON_CPU if on_cpu else plan.iterations
-    budget = (
-        [f"--memory_budget={script.budget(ddp_launcher, trials, SAMPLES, shape=tuple(shape))}"]
-        if on_cpu
-        else []
-    )
-    options = ("--auto_batch_size", *budget, f"--steps={steps}", f"--eval_every={max(1, steps // 4)}")
-    hours = None if on_cpu else HOURS_OF_STABILITY * 3600.0
-    found = script.train(ddp_launcher, trials, *options, shape=tuple(shape), timeout=hours)
-    assert all(math.isfinite(loss) for loss in found.losses)
-    assert len(found.losses) == steps
-    assert found.metrics["eval_loss"] < found.metrics["first_loss"]

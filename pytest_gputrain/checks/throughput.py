@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from pytest_gputrain.origin import origin
+from pytest_gputrain.schemas import head
 
 FILE = "throughput_comparison.json"
 # Apart, so that nobody adds a search to the time that training takes, or leaves it out unsaid.
@@ -40,6 +41,7 @@ def compare(pairs: Sequence[tuple[Metrics, Metrics]]) -> dict[str, Any]:
     discovery = sides["auto"]["discovery_seconds"]
     first = pairs[0][1]
     return {
+        **head("gputrain.throughput"),
         **sides,
         "auto_over_manual": ratio,
         "auto_over_manual_each": ratios,

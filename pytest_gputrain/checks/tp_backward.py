@@ -13,9 +13,10 @@ from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import Figures
 from pytest_gputrain.checks.tp_runs import compared, fail, labelled
+from pytest_gputrain.report.series import by_name
 
 if TYPE_CHECKING:
-    from pytest_gputrain.tensor_parallel.records import BackwardRecord
+    from pytest_gputrain.tensor_parallel.records_backward import BackwardRecord
 
 
 @check("tp_backward", subject="tensor parallel")
@@ -44,5 +45,14 @@ def figures_of(record: BackwardRecord) -> Figures:
         "tolerance": worst.tolerance,
         "collectives": str(record.communication),
         "error by layer": by_layer,
+        "series": [
+            by_name(
+                "tp_gradient_error",
+                "worst of each layer",
+                by_layer,
+                limit=worst.tolerance,
+                limit_label="tolerance",
+            )
+        ],
         "notes": [*record.notes, *(f"{name}: {why}" for name, why in record.not_compared)],
     }

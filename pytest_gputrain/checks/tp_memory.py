@@ -15,11 +15,14 @@ from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import Figures
 from pytest_gputrain.checks.tp_runs import compared, fail, labelled
 from pytest_gputrain.report.metrics import once
+from pytest_gputrain.report.series import by_name
 
 if TYPE_CHECKING:
-    from pytest_gputrain.tensor_parallel.records import Accounting, Finding, Share
+    from pytest_gputrain.tensor_parallel.records import Finding
+    from pytest_gputrain.tensor_parallel.records_memory import Accounting, Share
 
 MOST_LAYER_NOTES = 3
+NEARLY_WHOLE = 0.95
 
 
 @check("tp_memory", subject="tensor parallel")
@@ -66,6 +69,16 @@ def figures_of(accounts: Accounting, findings: list[Finding]) -> Figures:
                 max(accounts.parameter_bytes, default=0), unit="bytes", better="lower", spread=0.0
             )
         },
+        "series": [
+            by_name(
+                "memory",
+                "parameters by rank",
+                {f"rank {r}": float(b) for r, b in enumerate(accounts.parameter_bytes)},
+                unit="bytes",
+                limit=accounts.total_bytes,
+                limit_label="the whole model",
+            )
+        ],
         "notes": [*accounts.notes, *_layers(accounts), *(f.message for f in findings if not f.fails)],
     }
 
@@ -73,6 +86,8 @@ def figures_of(accounts: Accounting, findings: list[Finding]) -> Figures:
 def _layers(accounts: Accounting) -> list[str]:
     """Layers that are whole on every rank, the largest first."""
     size = accounts.world_size
-    whole: list[Share] = [one for one in accounts.layers if one.total and one.overhead > size - 1.5]
+    whole: list[Share] = [
+        one for one in accounts.layers if one.total and one.overhead > NEARLY_WHOLE * (size - 1)
+    ]
     largest = sorted(whole, key=lambda one: -one.total)[:MOST_LAYER_NOTES]
     return [f"{one.name} ({one.total:,}) is whole on every rank" for one in largest]

@@ -15,7 +15,7 @@ from pytest_gputrain.checks.result import Figures
 from pytest_gputrain.checks.tp_runs import compared, fail, labelled
 
 if TYPE_CHECKING:
-    from pytest_gputrain.tensor_parallel.records import OptimizerRecord
+    from pytest_gputrain.tensor_parallel.records_training import OptimizerRecord
 
 
 @check("tp_optimizers", subject="tensor parallel")

@@ -16,7 +16,7 @@ from pytest_gputrain.checks.tp_plan import end_on_bad_plan
 
 # (case, mesh, *arguments) -> a record, the same on every rank of the mesh.
 Comparison = Callable[..., Any]
-NO_PLAN = "no tensor-parallel plan given"
+NO_PLAN = "no tensor-parallel plan given: TrainingCase(parallelize=...), see docs/tensor-parallel.md"
 
 
 def compared(comparison: Comparison, case: TrainingCase, ctx: CheckContext, *args: Any, doing: str) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from pytest_gputrain.cli import branches, check, diagnose, doctor, find_batch, report
 from pytest_gputrain.cli.arguments import EXIT_INTERRUPTED, EXIT_USAGE, Parser, UsageError
+from pytest_gputrain.endurance.progress import last_words
 from pytest_gputrain.variables import unknown
 
 # Each has `declare(commands)`, which adds its parser with `run` as a default: options -> exit code.
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        print("\n".join([f"{name}: interrupted", *last_words()]), file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from pytest_gputrain.cli import check_baseline, check_report
+from pytest_gputrain.cli import check_baseline, check_report, check_results, check_stability
 from pytest_gputrain.cli.arguments import (
-    EXIT_FAILED,
-    EXIT_NOTHING_RAN,
-    EXIT_OK,
     LIST,
     UsageError,
     add_deadlines,
@@ -28,9 +23,8 @@ from pytest_gputrain.cli.arguments import (
 if TYPE_CHECKING:
     from pytest_gputrain.case import TrainingCase
     from pytest_gputrain.checks import CheckResult
-    from pytest_gputrain.report.gate import Baseline, Gate
+    from pytest_gputrain.report.gate import Baseline
 
-LINE_WIDTH = 120  # of a message in the table; it stands below in full
 NO_CASE = (
     "no case given, so the bundled reference models are checked; for a model of yours: "
     "gputrain check MODULE:ATTR (docs/cases.md)"
@@ -69,14 +63,14 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add_deadlines(check)
     add("--tp-report", type=folder, metavar="DIR", help="report of the tensor-parallel checks, a file a case")
     check_report.declare(check)
+    check_stability.declare(check)
     check_baseline.declare(check)
     add("--json", type=file, metavar="FILE", help="also write the results there")
 
 
 def _check(options: argparse.Namespace) -> int:
     from pytest_gputrain.case import CaseError
-    from pytest_gputrain.checks import CheckContext, all_check_ids, run_checks
-    from pytest_gputrain.checks.preflight import preflight
+    from pytest_gputrain.checks import all_check_ids
     from pytest_gputrain.launch import LaunchUsageError
 
     ids = _selected(options.checks, tuple(all_check_ids()))
@@ -87,43 +81,69 @@ def _check(options: argparse.Namespace) -> int:
     specs = given or os.environ.get("GPUTRAIN_CASE", "").replace(",", " ").split()
     cases = _cases(specs)
     _set_launcher(options)
-    context = CheckContext(
-        device=options.device,
-        world_size=options.world_size,
-        timeout=options.timeout,
-        compile_backend=options.compile_backend,
-        simulated=options.simulated,
-    )
-    results: list[CheckResult] = []
+    settings = _settings(options)
     try:
-        for case in cases:  # all of them before the first check: bad input is told at once, not an hour later
-            preflight(case, context)
+        _refuse_early(cases, settings)
         baseline = check_baseline.opened(options, [case.name for case in cases], ids)
         if not specs:
             print(NO_CASE, flush=True)
-        show = _table([case.name for case in cases], ids)
-        with check_report.recording(options, [case.name for case in cases], ids) as recording:
-
-            def tell(result: CheckResult) -> None:
-                recording.result(result)
-                show(result)
-
-            for case in cases:
-                recording.begin_case(case)
-                results += run_checks(
-                    case,
-                    checks=None if options.checks is None else list(ids),
-                    device=options.device,
-                    world_size=options.world_size,
-                    timeout=options.timeout,
-                    compile_backend=options.compile_backend,
-                    compile_report=options.compile_report,
-                    simulated=options.simulated,
-                    on_result=tell,
-                )
-            return _finish(results, options, recording, baseline)
+        return _run(cases, ids, options, settings, baseline)
     except (CaseError, LaunchUsageError) as error:
         raise UsageError(str(error)) from None
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What a check is run with, by ``run_checks``'s names."""
+    return {
+        "device": options.device,
+        "world_size": options.world_size,
+        "timeout": options.timeout,
+        "compile_backend": options.compile_backend,
+        "simulated": options.simulated,
+        "iterations": options.iterations,
+        "stability": check_stability.options_of(options),
+    }
+
+
+def _refuse_early(cases: Sequence[TrainingCase], settings: Mapping[str, Any]) -> None:
+    """All of them before the first check: bad input is told at once, not an hour later."""
+    from pytest_gputrain.checks import CheckContext
+    from pytest_gputrain.checks.preflight import preflight
+
+    context = CheckContext(**settings)
+    for case in cases:
+        preflight(case, context)
+
+
+def _run(
+    cases: Sequence[TrainingCase],
+    ids: Sequence[str],
+    options: argparse.Namespace,
+    settings: Mapping[str, Any],
+    baseline: Baseline | None,
+) -> int:
+    from pytest_gputrain.checks import run_checks
+
+    names = [case.name for case in cases]
+    results: list[CheckResult] = []
+    show = check_results.table(names, ids)
+    check_stability.show_progress()
+    with check_report.recording(options, names, ids) as recording:
+
+        def tell(result: CheckResult) -> None:
+            recording.result(result)
+            show(result)
+
+        for case in cases:
+            recording.begin_case(case)
+            results += run_checks(
+                case,
+                checks=None if options.checks is None else list(ids),
+                compile_report=options.compile_report,
+                on_result=tell,
+                **settings,
+            )
+        return check_results.finish(results, options, recording, baseline)
 
 
 def _set_launcher(options: argparse.Namespace) -> None:
@@ -170,114 +190,3 @@ def _cases(specs: list[str]) -> list[TrainingCase]:
         return [case for spec in specs for case in load_case(spec)] if specs else reference_cases()
     except CaseError as error:
         raise UsageError(str(error)) from None
-
-
-def _table(cases: list[str], checks: Sequence[str]) -> Callable[[CheckResult], None]:
-    """Print the head of the table and return what prints a line of it, as each check finishes."""
-    name_width = max(map(len, ["case", *cases]))
-    check_width = max(map(len, ["check", *checks]))
-
-    def line(case: str, check: str, outcome: str, seconds: str, figures: str) -> None:
-        text = f"{case:{name_width}}  {check:{check_width}}  {outcome:7}  {seconds:>7}  {figures}"
-        print(text.rstrip(), flush=True)
-
-    def show(result: CheckResult) -> None:
-        figures = ", ".join(_figure(name, value) for name, value in _shown(result))
-        # Of what did not pass the first line says more than its figures; the full text comes below.
-        said = figures if result.outcome == "passed" else _cut(_first_line(result.message))
-        line(result.case, result.check, result.outcome, f"{result.seconds:.1f}", said)
-
-    line("case", "check", "outcome", "seconds", "figures")
-    return show
-
-
-def _shown(result: CheckResult) -> list[tuple[str, object]]:
-    return [
-        (name, value)
-        for name, value in result.figures.items()
-        if name not in check_baseline.RESERVED and _fits(value)
-    ]
-
-
-def _fits(value: object) -> bool:
-    """Tables are for ``--json`` and reports."""
-    return value != [] and not isinstance(value, dict)
-
-
-def _figure(name: str, value: object) -> str:
-    if isinstance(value, list):
-        return f"{name} {' '.join(map(str, value))}"
-    return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LINE_WIDTH else text[: LINE_WIDTH - 3] + "..."
-
-
-def _first_line(message: str) -> str:
-    return message.strip().split("\n", 1)[0]
-
-
-def _finish(
-    results: list[CheckResult],
-    options: argparse.Namespace,
-    recording: check_report.Recording,
-    baseline: Baseline | None = None,
-) -> int:
-    bad = [result for result in results if result.outcome in ("failed", "error")]
-    passed = sum(result.outcome == "passed" for result in results)
-    skipped = sum(result.outcome == "skipped" for result in results)
-    for result in bad:
-        print(f"\n== {result.case} {result.check}: {result.outcome}\n{result.message.strip()}")
-    if options.json is not None:
-        _write_json(results, options)
-    if options.tp_report is not None:
-        _write_reports(results, options)
-    gate = check_baseline.judged(baseline, results, options) if baseline else None
-    code = _exit_code(bool(bad), bool(passed), gate)
-    recording.end(code, gate=gate)
-    print(f"\n{passed} passed, {len(bad)} failed, {skipped} skipped", flush=True)
-    return code
-
-
-def _exit_code(bad: bool, passed: bool, gate: Gate | None) -> int:
-    if bad:
-        return EXIT_FAILED
-    if not passed:
-        print("gputrain check: no check ran, which proves nothing: exit code 5", file=sys.stderr)
-        return EXIT_NOTHING_RAN
-    return check_baseline.exit_code(gate) if gate else EXIT_OK
-
-
-def _write_reports(results: list[CheckResult], options: argparse.Namespace) -> None:
-    from pytest_gputrain.checks.tp_report import write_reports
-
-    written = write_reports(
-        results,
-        options.tp_report,
-        device=options.device,
-        world_size=options.world_size,
-        simulated=options.simulated,
-    )
-    if written or options.report is None:
-        print("".join(f"\n{path}" for path in written) or "\nno tensor-parallel check ran: no report")
-
-
-def _write_json(results: list[CheckResult], options: argparse.Namespace) -> None:
-    from pytest_gputrain.origin import origin
-
-    document = {
-        "origin": {**origin(), "device": options.device, "world_size": options.world_size},
-        "results": [
-            {
-                "case": result.case,
-                "check": result.check,
-                "outcome": result.outcome,
-                "message": result.message,
-                "figures": dict(result.figures),
-                "seconds": round(result.seconds, 3),
-            }
-            for result in results
-        ],
-    }
-    options.json.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")

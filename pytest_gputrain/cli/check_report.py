@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,6 +45,12 @@ def implied(options: argparse.Namespace) -> None:
     """What a report has in it unless it is asked for elsewhere."""
     if options.report is not None:
         options.report = Path(options.report).absolute()
+        try:
+            options.report.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=options.report):
+                pass
+        except OSError as error:
+            raise UsageError(f"--report: {options.report} cannot be written: {error.strerror}") from None
         options.compile_report = options.compile_report or options.report / "compile"
         options.tp_report = options.tp_report or options.report
 
@@ -146,6 +153,8 @@ class Recording:
         try:
             self._line(records.END, exit_code=exit_code, **ending)
             self._recorder.close()
+            if self._recorder.broken:
+                print(f"gputrain check: the records end too early: {self._recorder.broken}", file=sys.stderr)
             found = gather(records.read_records(self._folder), self.session)
             report = write_all(found, self._folder, compared=gate.comparison if gate else None)
             print(f"report {self._folder / PAGE}: {line_of(report)}", flush=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,21 +13,29 @@ from pytest_gputrain.cli.arguments import (
     EXIT_FAILED,
     EXIT_NOTHING_RAN,
     EXIT_OK,
+    EXIT_USAGE,
     Parser,
     UsageError,
     add_deadlines,
     device,
     file,
-    ranks,
+    positive,
 )
+from pytest_gputrain.cli.diagnose_request import (
+    checked_folder,
+    chosen_phases,
+    given_of,
+    make_folder,
+    program_of,
+    settings_of,
+)
+from pytest_gputrain.cli.machines import add_machines, followed, joined
 
 if TYPE_CHECKING:
-    from pytest_gputrain.diagnose.phases import Given
     from pytest_gputrain.diagnose.programs import Program
     from pytest_gputrain.diagnose.report import Report
     from pytest_gputrain.diagnose.run import Settings
 
-TIMEOUT, STALL = 120.0, 30.0
 PHASES = (
     "ddp_one_step, ddp_steps, ddp_whole, gloo, branches, static_graph, find_unused, fsdp2, single, "
     "checkpointing, gradient_parity"
@@ -50,7 +57,8 @@ def declare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     add = parser.add_argument
     add("-m", dest="module", action="store_true", help="SCRIPT is a module, as for python -m")
     add("--case", metavar="MODULE:ATTR", help="a training case instead of a script")
-    add("--nproc", type=ranks, default=2, metavar="N", help="number of ranks (default: 2)")
+    add("--nproc", type=positive, default=2, metavar="N", help="ranks of a machine (default: 2)")
+    add_machines(parser)
     add(
         "--out",
         metavar="DIR",
@@ -87,15 +95,39 @@ def _layers(text: str) -> tuple[int, int | None]:
 
 
 def _diagnose(options: argparse.Namespace) -> int:
+    from pytest_gputrain.diagnose.programs import Script
+
+    chosen = chosen_phases(options.phases)
+    program = program_of(options)
+    out = checked_folder(options.out, program.name)
+    settings = settings_of(options, out)
+    if not (isinstance(program, Script) and program.where is not None):
+        return _planned(options, program, settings, chosen)[0]
+    if (session := joined(program, settings)) is None:
+        return EXIT_FAILED
+    if not session.leads:
+        return followed(session, program, settings)
+    code, headline = EXIT_FAILED, "node 0 was stopped before it was done"
+    try:
+        code, headline = _planned(options, replace(program, session=session), settings, chosen)
+    except UsageError as error:
+        code, headline = EXIT_USAGE, str(error)
+        raise
+    finally:
+        session.over(code, headline)
+    return code
+
+
+def _planned(
+    options: argparse.Namespace, program: Program, settings: Settings, chosen: list[str] | None
+) -> tuple[int, str]:
+    """Runs the plan; (the exit code, the line to read first)."""
     from pytest_gputrain.diagnose.phases import plan
     from pytest_gputrain.diagnose.run import Plan
 
-    chosen = _chosen(options.phases)
-    program = _program(options)
-    out = _checked_folder(options.out, program.name)
-    settings = _settings(options, out)
-    given = _given(options, program, settings)
-    _make(out)
+    out = settings.out
+    given = given_of(options, program, settings)
+    make_folder(out)
     phases = plan(given, chosen)
     _warn_of_ours_behind_the_script(options)
     _tell(f"gputrain diagnose {program.command}: report in {out}")
@@ -106,7 +138,7 @@ def _diagnose(options: argparse.Namespace) -> int:
         raise
     if options.json is not None:
         options.json.write_text(json.dumps(report.document(), indent=2) + "\n", encoding="utf-8")
-    return _finish(report, out)
+    return _finish(report, out), report.headline
 
 
 def _warn_of_ours_behind_the_script(options: argparse.Namespace) -> None:
@@ -126,115 +158,6 @@ def _warn_of_ours_behind_the_script(options: argparse.Namespace) -> None:
 
 def _tell(text: str) -> None:
     print(text, flush=True)
-
-
-def _chosen(text: str | None) -> list[str] | None:
-    from pytest_gputrain.diagnose.phases import NAMES, unknown_names
-
-    if text is None:
-        return None
-    names = _list(text)
-    unknown = unknown_names(names)
-    if unknown or not names:
-        named = ", ".join(map(repr, unknown)) or repr(text)
-        raise UsageError(f"--phases: {named} is no phase; legal are {', '.join(NAMES)}")
-    return names
-
-
-def _list(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def _program(options: argparse.Namespace) -> Program:
-    from pytest_gputrain.case import CaseError, load_case
-    from pytest_gputrain.diagnose.programs import Case, Script
-    from pytest_gputrain.launch import LaunchUsageError
-    from pytest_gputrain.launch.request import linux, script_or_module
-
-    if (options.case is None) == (options.script is None):
-        given = "both a script and" if options.case else "neither a script nor"
-        raise UsageError(f"{given} a case given; give SCRIPT, -m MODULE or --case MODULE:ATTR")
-    try:
-        linux()
-        if options.case is None:
-            path = script_or_module(options.script, options.module, way="-m MODULE")
-            return Script(path, tuple(options.arguments), options.module)
-        cases = load_case(options.case)
-    except (CaseError, LaunchUsageError) as error:
-        raise UsageError(str(error)) from None
-    if len(cases) > 1:
-        names = ", ".join(case.name for case in cases)
-        raise UsageError(f"--case {options.case} is {len(cases)} cases ({names}); name one of them")
-    return Case(cases[0], options.case)
-
-
-def _settings(options: argparse.Namespace, out: Path) -> Settings:
-    from pytest_gputrain.devices.sharing import lacking
-    from pytest_gputrain.diagnose.run import Settings
-    from pytest_gputrain.launch import LaunchDefaults
-
-    # A script chooses its device itself: only a case can be told to share.
-    share = options.share_gpu and options.case is not None
-    if options.device == "cuda" and (lack := lacking(options.nproc, share_gpu=share)):
-        raise UsageError(f"--device cuda --nproc {options.nproc} {lack}; give --device cpu or fewer ranks")
-    launch = LaunchDefaults(
-        timeout=options.timeout or TIMEOUT,
-        stall=options.stall or STALL,
-        device=options.device,
-        share_gpu=share,
-    )
-    return Settings(out=out, launch=launch)
-
-
-def _given(options: argparse.Namespace, program: Program, settings: Settings) -> Given:
-    """What the plan is for. Raises UsageError for what the model does not have."""
-    from pytest_gputrain.diagnose.phases import Given
-    from pytest_gputrain.diagnose.probe import ProbeError, probe
-    from pytest_gputrain.diagnose.programs import Case
-
-    branches = tuple(_list(options.branches or ""))
-    try:
-        with tempfile.TemporaryDirectory(prefix="gputrain-probe-") as folder:
-            known = probe(program, settings.launcher, Path(folder), branches=branches, layers=options.layers)
-    except ProbeError as error:
-        raise UsageError(str(error)) from None
-    own = isinstance(program, Case)
-    return Given(
-        kind=program.kind,
-        backend="nccl" if settings.device == "cuda" else "gloo",
-        ranks=options.nproc,
-        steps=options.steps,
-        branches=branches or known.branches,
-        layers=options.layers,
-        checkpointing=isinstance(program, Case) and program.case.set_checkpointing is not None,
-        fsdp2="" if own else "a script wraps its model itself; give a case to try it",
-    )
-
-
-def _checked_folder(given: str | None, name: str) -> Path:
-    """The folder of the report, not made yet. Raises UsageError where it cannot be."""
-    if given is None:
-        return Path("gputrain-diagnose") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    out = Path(given)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"--out {given} is a file; give a folder, new or empty")
-    if out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"--out {given} is not empty; give a new or an empty folder")
-    return out
-
-
-def _make(out: Path) -> None:
-    """Makes the folder, and tries to write there: only an attempt tells."""
-    missing = [path for path in (out, *out.parents) if not path.exists()]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            return
-    except OSError as error:
-        for path in missing:  # nothing is left behind
-            if path.is_dir():
-                path.rmdir()
-        raise UsageError(f"--out {out} cannot be written ({error.strerror}); give another folder") from None
 
 
 def _finish(report: Report, out: Path) -> int:

@@ -18,6 +18,7 @@ from pytest_gputrain.devices import Gpu, Inventory, describe_found, discover, vi
 from pytest_gputrain.devices.inventory import FAKE_VARIABLE
 from pytest_gputrain.devices.topology import links
 from pytest_gputrain.devices.visible import named_twice
+from pytest_gputrain.schemas import head
 from pytest_gputrain.values import format_size
 
 # DataLoader workers and NCCL pass tensors through it; a container's default of 64 MiB is too little for both.
@@ -241,6 +242,7 @@ def _write_json(findings: list[Finding], inventory: Inventory, path: Path) -> No
     from pytest_gputrain.origin import origin
 
     document = {
+        **head("gputrain.doctor"),
         "origin": origin(),
         "pretended": inventory.source == FAKE_VARIABLE,
         "findings": [finding._asdict() for finding in findings],

@@ -26,6 +26,7 @@ from pytest_gputrain.cli.arguments import (
     positive,
 )
 from pytest_gputrain.cli.find_batch_request import MOST, MOST_ON_CPU, checked_request, chosen_place
+from pytest_gputrain.schemas import head
 
 if TYPE_CHECKING:
     from pytest_gputrain.cli.find_batch_answer import Answer
@@ -220,7 +221,8 @@ def _write(answer: Answer, options: argparse.Namespace) -> None:
         return
     came_from = origin()
     if options.json is not None:
-        text = json.dumps({"origin": came_from, **answer.document()}, indent=2) + "\n"
+        document = {**head("gputrain.find-batch"), "origin": came_from, **answer.document()}
+        text = json.dumps(document, indent=2) + "\n"
         if options.json == STDOUT:
             print(text, end="", flush=True)
         else:

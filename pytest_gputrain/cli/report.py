@@ -45,8 +45,10 @@ def _report(options: argparse.Namespace) -> int:
 
     try:
         return _carried_out(options)
-    except (ReportError, OSError) as error:
+    except ReportError as error:
         raise UsageError(str(error)) from None
+    except OSError as error:
+        raise UsageError(f"the report cannot be written: {error}") from None
 
 
 def _carried_out(options: argparse.Namespace) -> int:

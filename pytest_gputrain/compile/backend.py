@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-OLDEST_TORCH = (2, 6)
+OLDEST_TORCH = (2, 8)
 STAND_INS = ("eager", "aot_eager")
 """Backends that need no code generation: capture alone, and capture with AOTAutograd's backward."""
 

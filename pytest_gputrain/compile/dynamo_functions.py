@@ -108,7 +108,7 @@ class Functions:
         )
 
     def _failed(self, attempt: Attempt, error: Exception) -> None:
-        attempt.raised = type(error).__name__.startswith("FailOn")  # RecompileLimitHit, CacheLimitHit
+        attempt.raised = type(error).__name__.startswith("FailOn")  # RecompileLimitHit
         self._book.raised(
             error,
             BackendError(
@@ -147,7 +147,7 @@ class Functions:
             self._book.swallowed(replace(record, message=attempt.backend_failed))
         elif getattr(error, "logged", False):
             self._book.skipped(attempt.compile_id)
-        elif not self._book.skipped(attempt.compile_id, record.location):  # torch 2.6 marks none as logged
+        elif not self._book.skipped(attempt.compile_id, record.location):  # raised outside of tracing
             self._book.add_break(
                 GraphBreak(
                     compile_id=attempt.compile_id,
@@ -167,8 +167,7 @@ class Functions:
             exceeded, kind = original(*args, **kwargs)
             if exceeded and (attempt := self._going_on.innermost):
                 limit = int(getattr(torch._dynamo.config, kind))
-                # Torch 2.6 calls both cache_size_limit.
-                attempt.limit = kind.replace("cache_size", "recompile"), limit
+                attempt.limit = kind, limit
             return exceeded, kind
 
         return watched

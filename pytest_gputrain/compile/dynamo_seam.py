@@ -1,6 +1,6 @@
 """Everything of dynamo's private interface that the monitor listens at.
 
-Written for torch 2.6 to 2.13. Dynamo has no interface that tells all of this: its counters are dictionaries
+Written for torch 2.8 to 2.14. Dynamo has no interface that tells all of this: its counters are dictionaries
 that anyone clears, its record of compilations keeps the last 64, its callbacks are forgotten by a reset and
 its logs are text. So a few of its functions are wrapped while a monitor is open, each where the event itself
 happens. Where one is missing, the monitor says what it cannot tell; without the first two it is unavailable.
@@ -36,24 +36,28 @@ def watched(book: Book) -> Iterator[None]:
     book.torch = torch.__version__
     going_on = GoingOn(book)
     functions, graphs, events = Functions(going_on), Graphs(going_on), Events(going_on)
-    limits = ("exceeds_recompile_limit", "exceeds_cache_size_limit")  # of torch 2.6
     inductor = torch._TorchCompileInductorWrapper
     with contextlib.ExitStack() as stack:
-        for owner, names, wrap, lost in (
-            (convert_frame, ("_compile",), functions.compiling, None),
-            (OutputGraph, ("call_user_compiler",), graphs.compiling, None),
-            (convert_frame, ("format_error_msg",), functions.given_up, "which errors torch swallows"),
-            (convert_frame, limits, functions.judging_limit, "whether the recompile limit is hit"),
-            (torch._logging, ("trace_structured",), events.tracing, "recompiles and graph breaks"),
-            (decorators, ("_set_stance",), events.taking_stance, "which stance is set"),
-            (convert_frame, ("add_skip_reason",), events.skipping, ""),  # not in an older torch
+        for owner, name, wrap, lost in (
+            (convert_frame, "_compile", functions.compiling, None),
+            (OutputGraph, "call_user_compiler", graphs.compiling, None),
+            (convert_frame, "format_error_msg", functions.given_up, "which errors torch swallows"),
+            (
+                convert_frame,
+                "exceeds_recompile_limit",
+                functions.judging_limit,
+                "whether the recompile limit is hit",
+            ),
+            (torch._logging, "trace_structured", events.tracing, "recompiles and graph breaks"),
+            (decorators, "_set_stance", events.taking_stance, "which stance is set"),
+            (convert_frame, "add_skip_reason", events.skipping, ""),  # not in an older torch
             # Imports inductor, with warnings, when torch.compile is called for it.
-            (inductor, ("get_compiler_config",), quietly, ""),
+            (inductor, "get_compiler_config", quietly, ""),
         ):
-            if name := next((name for name in names if hasattr(owner, name)), None):
+            if hasattr(owner, name):
                 stack.enter_context(_replaced(owner, name, wrap))
             elif lost != "":
-                book.note(_missing(owner, names[0], lost))
+                book.note(_missing(owner, name, lost))
         stack.enter_context(events.switches())
         yield
 
@@ -62,7 +66,7 @@ def _missing(owner: Any, name: str, lost: str | None) -> str:
     """What a report does not tell for want of a function. Raises MonitorUnavailable for one it stands on."""
     lacks = f"torch {torch.__version__} lacks {owner.__name__}.{name}"
     if lost is None:
-        raise MonitorUnavailable(f"{lacks}, which compile_monitor stands on; written for torch 2.6 to 2.13")
+        raise MonitorUnavailable(f"{lacks}, which compile_monitor stands on; written for torch 2.8 to 2.14")
     return f"{lacks}: {lost} cannot be told"
 
 

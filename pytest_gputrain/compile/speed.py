@@ -70,6 +70,7 @@ class Side:
 class SpeedReport:
     """What one case came to. first_compile_seconds: from the first compiled step's begin to its end, less a
     steady step. recompiles: dynamo's reasons, in order. warm_up: steps of each side that were left out.
+    flops_per_token: of the products of an eager step, of type flops_dtype; None where none was counted.
     """
 
     case: str
@@ -85,6 +86,8 @@ class SpeedReport:
     graphs: int = 0
     breaks: int = 0
     recompiles: tuple[str, ...] = ()
+    flops_per_token: float | None = None
+    flops_dtype: str = ""
     notes: tuple[str, ...] = field(default_factory=tuple)
 
     def to_json(self) -> dict[str, Any]:

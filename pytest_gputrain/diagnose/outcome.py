@@ -55,6 +55,10 @@ def phase_result(
     )
     if cause is not None and _SWITCH in cause.message:
         return replace(result, outcome=Outcome.SKIPPED, cause=_lacking(cause.message), location=None)
+    if (
+        cause is not None and cause.kind == "node"
+    ):  # waiting for a machine in vain is no hang of the program's
+        return replace(result, outcome=Outcome.CRASH)
     if verdict is Verdict.TIMED_OUT:
         return _at_the_deadline(result, facts)
     if verdict is Verdict.PASSED:

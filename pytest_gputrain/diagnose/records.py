@@ -53,6 +53,11 @@ class Phase:
     accuses: bool = True
     skip: str = ""
 
+    @property
+    def alone(self) -> bool:
+        """Whether it is one process on one machine, however many the program has."""
+        return self.group in ("single", "checkpointing")
+
 
 @dataclass(frozen=True)
 class Missing:

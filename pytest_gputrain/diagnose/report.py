@@ -8,6 +8,7 @@ from typing import Any
 
 from pytest_gputrain.diagnose import tree
 from pytest_gputrain.diagnose.records import Outcome, PhaseResult
+from pytest_gputrain.schemas import head
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Report:
         """``report.json``."""
         decision = self.decision
         return {
+            **head("gputrain.diagnose"),
             "verdict": self.verdict,
             "headline": self.headline,
             "program": self.program,

@@ -16,6 +16,7 @@ from pytest_gputrain.diagnose.programs import Program
 from pytest_gputrain.diagnose.records import Outcome, Phase, PhaseResult
 from pytest_gputrain.diagnose.report import Report
 from pytest_gputrain.launch import LaunchDefaults, Launcher, LaunchUsageError
+from pytest_gputrain.launch.output import rank_list
 from pytest_gputrain.launch.result import LaunchResult
 from pytest_gputrain.origin import origin
 
@@ -109,6 +110,8 @@ class Plan:
 
     def _pointless(self, phase: Phase) -> str:
         """Why a phase need not run after what the others came to."""
+        if not phase.alone and (gone := self.program.nodes_gone):
+            return gone
         ran_on = next((result.backend for result in self.results if result.backend), "")
         if phase.name == "gloo" and ran_on and "nccl" not in ran_on:
             return f"the phases above ran on {ran_on} already"
@@ -214,7 +217,8 @@ class Plan:
         self._layers = max([self._layers, *(int(told.get("layers", 0)) for told in facts.values())])
         self._branches = next((told["branches"] for told in facts.values() if told.get("branches")), [])
         self._notes |= dict.fromkeys([note for note in [outcome.replaced_backend(facts)] if note])
-        self._shared |= dict.fromkeys([label for label in [launched.shared_gpu] if label])
+        self._shared |= dict.fromkeys(launched.labels)
+        self._notes |= dict.fromkeys([note for note in [_machines(launched)] if note])
         steps = {rank: len(told.get("steps", ())) for rank, told in facts.items()}
         missing = readings.missing(readings.traces(folder), None if launched.passed else steps)
         result = outcome.phase_result(
@@ -228,6 +232,16 @@ class Plan:
         )
         artifacts.write_launch(launched, folder)
         return result
+
+
+def _machines(launched: LaunchResult) -> str:
+    """``ranks on 2 machines: host-a (ranks 0-3), host-b (ranks 4-7)``; empty for one."""
+    hosts: dict[str, list[int]] = {}
+    for rank in launched.ranks:
+        if rank.host:
+            hosts.setdefault(f"node {rank.node} ({rank.host}", []).append(rank.rank)
+    parts = [f"{host}, {rank_list(ranks)})" for host, ranks in hosts.items()]
+    return f"ranks on {len(parts)} machines: {', '.join(parts)}" if len(parts) > 1 else ""
 
 
 def _without(phase: Phase) -> dict[str, str]:

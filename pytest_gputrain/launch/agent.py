@@ -2,7 +2,7 @@
 
 The one thing that is replaced is how a worker process comes to be: ``SubprocessHandler._popen`` forks a
 process that has torch imported, where torchrun would start an interpreter. Rendezvous, environment,
-restarts, monitoring and error text are torch's (``torch.distributed.run``, torch >= 2.6).
+restarts, monitoring and error text are torch's (``torch.distributed.run``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,7 +34,9 @@ def run(spec: Mapping[str, Any], number: int, fds: Sequence[int], parent: int) -
     try:
         options = _rendezvous(spec, number)
         # run() and not main(): main's @record wants to own the exit of the process.
-        torchrun.run(torchrun.parse_args([*spec["torchrun"], *options, *spec["command"]]))
+        with _nothing_of_where_nodes_meet():
+            arguments = torchrun.parse_args([*spec["torchrun"], *options, *spec["command"]])
+        torchrun.run(arguments)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException:  # ChildFailedError above all: torchrun prints it and exits 1
@@ -43,6 +45,20 @@ def run(spec: Mapping[str, Any], number: int, fds: Sequence[int], parent: int) -
     sys.stderr.flush()
     sys.stdout.flush()
     os._exit(code)
+
+
+@contextlib.contextmanager
+def _nothing_of_where_nodes_meet() -> Iterator[None]:
+    """torchrun takes what its command line leaves out from ``PET_*``: there another machine's address and
+    this one's number, which are not this launch's, or have been followed already. Ranks see them as always.
+    """
+    names = ("LOCAL_ADDR", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK", "STANDALONE")
+    place = {f"PET_{name}" for name in names} | {name for name in os.environ if name.startswith("PET_RDZV_")}
+    kept = {name: os.environ.pop(name) for name in place if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def _rendezvous(spec: Mapping[str, Any], number: int) -> list[str]:

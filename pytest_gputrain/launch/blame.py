@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from . import likely
-from .deadlock import Call, Entries, Scene, unlike
+from .deadlock import BACKWARD, Call, Entries, Scene, unlike
 from .output import rank_list
 from .records import Cause
 
@@ -30,8 +30,20 @@ def explain(scenes: Mapping[int, Scene]) -> Finding | None:
     found = desync(scenes, entries) or _absent(scenes, entries) or _silent(scenes) or _circle(scenes, entries)
     if found is None:
         return None
-    cause, advice = found
-    return Finding(cause, advice)
+    return _with_exceptions(scenes, Finding(*found))
+
+
+def _with_exceptions(scenes: Mapping[int, Scene], finding: Finding) -> Finding:
+    """With the exceptions that only some ranks are handling: a ``finally`` hides what went wrong."""
+    handling = [rank for rank, scene in sorted(scenes.items()) if scene.handles and scene.state == "running"]
+    if not handling or len(handling) == len(scenes):
+        return finding
+    cause, verb = finding.cause, "is" if len(handling) == 1 else "are"
+    text = f"{cause.message}; {rank_list(handling)} {verb} handling {scenes[handling[0]].handles}"
+    told = Cause(cause.rank, cause.kind, text, cause.location)
+    if cause.rank is not None and cause.rank not in handling:
+        return Finding(told, finding.advice)
+    return Finding(told, likely.of_exception(rank_list(handling), len(handling)))
 
 
 def desync(scenes: Mapping[int, Scene], entries: Entries | None = None) -> tuple[Cause, str] | None:
@@ -54,17 +66,18 @@ def desync(scenes: Mapping[int, Scene], entries: Entries | None = None) -> tuple
         text = f"{rank_list(odd)} called {other.name()} with rank {other.root} as its root where "
         text += f"{rank_list(many)} had rank {usual.root}"
         return Cause(odd[0] if known else None, "mismatch", text, other.location), likely.ROOTS
-    if other.op == usual.op:
-        text = f"{rank_list(odd)} called {other.name()} with {other.tensors()} where {rank_list(many)} had "
-        cause = Cause(odd[0] if known else None, "mismatch", text + usual.tensors(), other.location)
-        return cause, likely.MISMATCH
-    advice = likely.of_order(scenes[odd[0]].calls, scenes[many[0]].calls, other, usual)
+    same = other.op == usual.op
+    advise = likely.of_sizes if same else likely.of_order
+    advice = advise(scenes[odd[0]], scenes[many[0]], other, usual)
     if not known and likely.is_stranger(usual, scenes[odd[0]].calls, other, scenes[many[0]].calls):
         many, odd, usual, other = odd, many, other, usual
     text = f"{rank_list(odd)} called {other} where {rank_list(many)} called {usual}"
-    if usual.location:
+    if same:
+        text = f"{rank_list(odd)} called {other.name()} with {other.tensors()} where {rank_list(many)} had "
+        text += usual.tensors()
+    if usual.location and not (same and usual.location == other.location):
         text += f" [{usual.location}]"
-    return Cause(odd[0] if known else None, "order", text, other.location), advice
+    return Cause(odd[0] if known else None, "mismatch" if same else "order", text, other.location), advice
 
 
 def _absent(scenes: Mapping[int, Scene], entries: Entries) -> tuple[Cause, str] | None:
@@ -119,7 +132,9 @@ def _silent(scenes: Mapping[int, Scene]) -> tuple[Cause, str] | None:
         others = last.ranks if last else scene.peers or scenes
         peers = [peer for peer in others if peer != rank and peer in scenes]
         roots = [peer for peer in peers if not scenes[peer].blocked]
-        if not roots:
+        # One that failed on the very line did come there: its own error says more.
+        came = [p for p in roots if scenes[p].state == "raised" and scenes[p].location == scene.location]
+        if not roots or came:
             continue
         what = last.name() if last else scene.waits_in
         text = f"{rank_list(roots)} never answered {what} of rank {rank}"
@@ -180,6 +195,8 @@ def _did(scene: Scene, count: int = 1) -> str:
     if scene.state == "gone":
         return "ended without a report"
     verb = "is" if count == 1 else "are"
+    if scene.waits_in == BACKWARD:
+        return f"{verb} still in backward, and waits for no other rank"
     return f"{verb} still in Python" if scene.location else f"{verb} still running"
 
 
@@ -192,7 +209,8 @@ def fate(scene: Scene) -> str:
     if scene.blocked:
         did = f"waits in {call or scene.waits_in or 'torch'}"
     elif scene.state == "running":
-        did = f"is in Python after {count} collectives"
+        where = "backward" if scene.waits_in == BACKWARD else "Python"
+        did = f"is in {where} after {count} collectives"
     else:
         did = f"{_did(scene)} after {count} collectives"
     parts = [did, scene.location or "", scene.source]

@@ -1,9 +1,9 @@
 """In a rank: an own record of the collectives that Python calls, in a file that outlives the rank.
 
-torch's flight recorder (``recorder.py``) knows more, but dies with the process, cannot be read while a thread
-holds the interpreter for ever, knows no point-to-point operation on gloo, and is missing in older torch. So
-each call of a process group's method also leaves a line in a ring of fixed slots, mapped into memory: what a
-rank did last is there after SIGKILL. What C++ calls (DDP's buckets) is seen by the flight recorder alone.
+torch's flight recorder (``flight.py``) knows more, but dies with the process, cannot be read while a thread
+holds the interpreter for ever, and knows no point-to-point operation on gloo. So each call of a process
+group's method also leaves a line in a ring of fixed slots, mapped into memory: what a rank did last is there
+after SIGKILL. What C++ calls (DDP's buckets) is seen by the flight recorder alone.
 """
 
 from __future__ import annotations

@@ -67,6 +67,10 @@ class Call(NamedTuple):
         return f"{self.name()} ({tensors})" if tensors else self.name()
 
 
+BACKWARD = "backward"
+"""Where a rank is that is still in autograd's engine and, by its records, in no collective."""
+
+
 @dataclass
 class Scene:
     """One rank at one moment.
@@ -76,6 +80,7 @@ class Scene:
     ``complete``: the records hold every collective, and not only those that Python calls.
     ``peers``: of a rank that waits for a handle of a message: all with whom it has exchanged any.
     ``all_messages``: the records hold every message.
+    ``handles``: the exception that its main thread is handling (in ``except``, ``finally``), and its line.
     """
 
     rank: int
@@ -88,6 +93,7 @@ class Scene:
     complete: bool = True
     peers: tuple[int, ...] = ()
     all_messages: bool = True
+    handles: str | None = None
 
     def pending(self) -> list[Call]:
         """What it has entered and not finished; several where calls are asynchronous."""

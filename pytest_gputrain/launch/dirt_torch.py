@@ -24,7 +24,7 @@ _FLAGS = (
     "_get_cudnn_sdp_enabled", "_get_flash_sdp_enabled", "_get_math_sdp_enabled",
     "_get_mem_efficient_sdp_enabled", "_get_nnpack_enabled", "_get_warnAlways",
 )  # fmt: skip
-"""Switches of torch that its bindings can read without an argument, by the names they have had since 2.6."""
+"""Switches of torch that its bindings can read without an argument; some builds lack some."""
 _GRAD = (
     "is_grad_enabled", "is_inference_mode_enabled", "is_anomaly_enabled", "is_anomaly_check_nan_enabled",
     "_is_multithreading_enabled", "_is_torch_function_enabled", "_is_any_autocast_enabled",
@@ -178,13 +178,11 @@ class Traffic:
 
 
 def _unfinished() -> int:
-    """Collectives that were started and are not done, by torch's own record; 0 where it keeps none."""
+    """Collectives that were started and are not done, by torch's own record."""
     import torch
 
-    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace_json", None)
-    if dump is None:  # torch 2.6 keeps it for NCCL alone
-        return 0
-    status = json.loads(dump(False)).get("pg_status", {})
+    bindings: Any = torch._C._distributed_c10d
+    status = json.loads(bindings._dump_fr_trace_json(False)).get("pg_status", {})
     return sum(
         max(0, int(group["last_enqueued_collective"]) - max(0, int(group["last_completed_collective"])))
         for group in status.values()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import math
 import os
 import sys
 import time
@@ -13,19 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ..devices.visible import VARIABLE
-from . import client, payload, request, scene, sweep, told, warm
+from . import fresh, payload, request, told, warm
 from .aftermath import Aftermath
-from .conclude import concluded
 from .errors import LaunchError, LaunchUsageError, ServerLost
 from .folder import Folder
-from .member import Member
-from .nodes import post, where
-from .nodes.meet import meet
-from .nodes.meeting import PROTOCOL, NodeAbsent
+from .nodes import alike, where
 from .records import Cause, RankResult, Verdict
 from .request import LaunchDefaults
 from .result import LaunchResult
-from .supervise import Supervision
 
 Trace = bool | str | Sequence[str] | Mapping[str, bool] | None
 
@@ -142,7 +135,7 @@ class Launcher:
             "simulated_nodes": simulated > 1,
             "remote_nodes": meets is not None,
             "where": dataclasses.asdict(meets) if meets else None,
-            "what": _what(nnodes, nproc, script, module),
+            "what": alike.what(nnodes, nproc, script, module),
             "max_restarts": max_restarts,
             "torchrun": [*options, "--monitor-interval=0.02"],
             "command": [*(["-m"] if module else []), script, *map(str, argv)],
@@ -182,7 +175,7 @@ class Launcher:
             if spec.get("isolation") == "warm":
                 result = _warm(spec, call, size, folder)
             else:
-                result = _fresh(spec, call, size, folder, self._cancelled)
+                result = fresh.watched(spec, call, size, folder, self._cancelled)
         except BaseException:
             folder.discard()
             raise
@@ -206,77 +199,9 @@ def _where(
     return found if found is not None and found.nnodes == nnodes else None
 
 
-def _what(nnodes: int, nproc: int, script: str, module: bool) -> dict[str, Any]:
-    """What has to be the same on all machines."""
-    text = b"" if module else Path(script).read_bytes()
-    return {
-        "nnodes": nnodes,
-        "nproc": nproc,
-        "script": script if module else Path(script).name,
-        "sha256": hashlib.sha256(text).hexdigest(),
-        "version": PROTOCOL,
-    }
-
-
-def _fresh(
-    spec: dict[str, Any], call: bytes, size: int, folder: Folder, cancelled: Callable[[], bool] | None
-) -> LaunchResult:
-    """The launch by new ranks. Whatever happens, what it started is ended when this returns or raises."""
-    began = time.monotonic()
-    members, path, mark = [Member(rank) for rank in range(size)], folder.path(), sweep.mark(spec)
-    spec |= {"folder": str(path), "temporary": folder.temporary}
-    if spec["kind"] == "script":
-        spec["torchrun"].append(f"--log-dir={path / 'torchrun'}")
-    # By the caller's environment: one server for launches of one rank and of many, whose threads differ.
-    starting = spec.pop("start_environ")
-    if spec.get("where"):
-        courier = post.borrow(where.Where(**spec["where"]), spec["timeout"])  # starts while the server does
-    server, meeting = client.borrow(starting), None
-    if spec.get("where"):
-        try:
-            meeting = meet(spec, courier)
-        except NodeAbsent as error:
-            return _never_started(str(error), size, folder, time.monotonic() - began)
-        finally:
-            if meeting is None:
-                client.give_back(server)
-    supervision = Supervision(server, members, spec, path, meeting=meeting)
-    in_order = False
-    try:
-        supervision.start(call)
-        ending = supervision.watch(cancelled)
-        seconds = time.monotonic() - supervision.began
-        supervision.end(ending)
-        in_order = True
-    except ServerLost as error:
-        lost = Cause(None, "server", str(error))
-        ranks = [member.result(path, supervision.began, ended_after=math.inf) for member in members]
-        return LaunchResult(Verdict.CRASHED, lost, ranks, folder, time.monotonic() - supervision.began)
-    finally:
-        supervision.close()
-        if in_order:
-            server.preload((members[0].report or {}).get("imported", []))
-            client.give_back(server)
-        else:  # KeyboardInterrupt, a timeout's exception, a cancelled launch, a dead server
-            server.close()
-            sweep.kill_marked(mark)
-            if meeting is not None:
-                post.discard(meeting.post)  # the others see that this node is gone
-    result = concluded(supervision, spec["kind"], ending, seconds, path, folder)
-    scene.clear(members, path)
-    return result
-
-
-def _never_started(why: str, size: int, folder: Folder, seconds: float) -> LaunchResult:
-    """A launch that waited in vain for another node."""
-    ranks = [RankResult(rank, "ended", fate="never started") for rank in range(size)]
-    return LaunchResult(Verdict.HUNG, Cause(None, "node", why), ranks, folder, seconds)
-
-
 def _warm(spec: dict[str, Any], call: bytes, size: int, folder: Folder) -> LaunchResult:
     """The launch by ranks that may have been there already and may stay."""
     began = time.monotonic()
-
     try:
         return warm.watched(spec, call, folder)
     except ServerLost as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .deadlock import Call, Scene
+from .deadlock import BACKWARD, Call, Scene
 
 MISMATCH = (
     "tensors whose size or dtype differs between the ranks (a last batch that is smaller, a model built by "
@@ -17,7 +17,10 @@ DEADLOCK = (
     "differs between the ranks"
 )
 DIFFERENT_STEPS = "ranks ran a different number of steps, or only some of them came to this collective"
-_ORDER = "the ranks call the same collectives in a different order; call them in one order on all ranks"
+_ORDER = (
+    "the ranks call the same collectives in a different order, or one of them made a call more or less (a "
+    "condition that differs between ranks, a continue); call them in one order on all ranks"
+)
 _WAITS = {
     "new_group": "new_group (and DeviceMesh) must be called by every rank, also by those not in the group",
     "init_process_group": "every rank has to call it: check WORLD_SIZE and the conditions around it",
@@ -27,13 +30,12 @@ _WAITS = {
 }
 
 
-def of_order(mine: Sequence[Call], theirs: Sequence[Call], call: Call, other: Call) -> str:
-    """For two calls that met under one number: ``call`` among ``mine``, ``other`` among ``theirs``."""
-    own, foreign = ({c.location for c in calls} for calls in (mine, theirs))
-    shared, only = call.location in foreign, other
-    if other.location in own:
+def of_order(mine: Scene, theirs: Scene, call: Call, other: Call) -> str:
+    """For two calls that met under one number: ``call`` of the rank ``mine``, ``other`` of ``theirs``."""
+    shared, only = _knows(theirs, call), other
+    if _knows(mine, other):
         if shared:
-            return _ORDER + _parting(mine, theirs)
+            return _ORDER + _parting(mine.calls, theirs.calls)
         only = call
     elif not shared:
         return DEADLOCK  # neither line has been seen on the other side: it hung before it came there
@@ -41,9 +43,32 @@ def of_order(mine: Sequence[Call], theirs: Sequence[Call], call: Call, other: Ca
         f"only some ranks come to {only.location} ({only.op}): a condition that differs between ranks; "
         "call it on every rank or on none"
     )
-    if only is call and other.location in own:  # it may also have come there too early
+    if only is call and _knows(mine, other):  # it may also have come there too early
         advice += f"; or a rank skipped {other.location} ({other.op}) once: a continue, or fewer batches"
     return advice
+
+
+def _knows(scene: Scene, call: Call) -> bool:
+    """Whether a rank has come to the call's line; of one that has died, what DDP called is not known."""
+    unknown = call.note is not None and not scene.complete
+    return unknown or any(known.location == call.location for known in scene.calls)
+
+
+def of_sizes(mine: Scene, theirs: Scene, call: Call, other: Call) -> str:
+    """For one operation with other tensors: from other lines these are other calls, not other sizes."""
+    if call.location == other.location:
+        return MISMATCH
+    advice = of_order(mine, theirs, call, other)
+    return MISMATCH if advice is DEADLOCK else advice
+
+
+def of_exception(ranks: str, count: int) -> str:
+    """For ranks that came where they are while they handle an exception, and others that have none."""
+    came = "came" if count == 1 else "come"
+    return (
+        f"{ranks} {came} there by an exception of which the other ranks know nothing: mend what raised it; a "
+        "collective in except or finally is one that the others do not call"
+    )
 
 
 def is_stranger(call: Call, there: Sequence[Call], other: Call, here: Sequence[Call]) -> bool:
@@ -65,6 +90,8 @@ def of_absence(scenes: Mapping[int, Scene], call: Call, waits: int, absent: int)
         return DEADLOCK
     counts = {rank: _calls_at(scenes[rank], call) for rank in (waits, absent)}
     missing = scenes[absent]
+    if missing.state == "running" and missing.waits_in == BACKWARD:
+        return "an operation or a hook of its backward that does not return: a lock, a file, a library's code"
     if missing.state == "running":
         return "a rank that is busy or waits outside of torch while others are already in the collective"
     if scenes[waits].complete and not missing.complete:  # what DDP called there is not known

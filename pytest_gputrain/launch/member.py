@@ -32,7 +32,7 @@ class Member:
         self.stacks = ""
         self.waiting_at: str | None = None
         self.waits_in: str | None = None
-        self.in_collective = False
+        self.in_collective = self.in_backward = False
         self.at_own_line = False
         self.waits_in_vain = False
         self.records: list[dict[str, Any]] = []
@@ -120,6 +120,7 @@ class Member:
             found.exit_code, found.signal = self.exit["exit_code"], self.exit["signal"]
         if self.report is not None:
             found.exit_code = self.report.get("exit_code", found.exit_code)
+            found.peak_bytes = self.report.get("peak_bytes")
             if (error := self.report.get("error")) is not None:
                 found.error = RankError(**error)
             if state == "passed":

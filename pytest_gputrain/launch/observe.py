@@ -51,6 +51,7 @@ def dump(members: Sequence[Member], folder: Path) -> None:
         frame = stacks.user_frame(frames)
         member.waiting_at = str(frame) if frame else None
         member.waits_in = stacks.waits_in(frames)
+        member.in_backward = stacks.in_backward(frames)
         member.at_own_line = frame is not None and frame == frames[0]
         # A side thread (an asynchronous checkpoint) may yet send what the main thread waits for.
         member.in_collective = stacks.in_collective(frames) and not stacks.side_thread_works(text)

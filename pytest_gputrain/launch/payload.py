@@ -13,12 +13,15 @@ import io
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import cloudpickle
 
 from .errors import LaunchUsageError
+
+_NO_FILE = "<dynamic-code>"
+"""What newer cloudpickle writes in its place."""
 
 
 def pack_call(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
@@ -60,9 +63,15 @@ def unpack_value(data: bytes) -> Any:
 
 
 class _CallPickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
-    """cloudpickle, and modules that have made themselves of another class, as ``torch._dynamo.config``."""
+    """cloudpickle, and modules that have made themselves of another class, as ``torch._dynamo.config``.
+
+    A function keeps the name of its file, by which causes are told: cloudpickle leaves it out from 3.1.3 on.
+    """
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, CodeType):
+            make, given = self.dispatch_table[CodeType](obj)
+            return make, tuple(obj.co_filename if one == _NO_FILE else one for one in given)
         if isinstance(obj, ModuleType) and type(obj) is not ModuleType:
             name = obj.__name__
             if sys.modules.get(name) is obj:

@@ -7,6 +7,7 @@ import faulthandler
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def take_place(
     streams = _redirect(folder / (f"rank{rank}" if rank >= 0 else f"agent{-1 - rank}"))
     os.environ.clear()
     os.environ.update(environ)
+    tempfile.tempdir = None  # it follows TMPDIR; the server's torch, where it has triton, has asked already
     if cwd is not None:
         os.chdir(cwd)
     _new_randomness()

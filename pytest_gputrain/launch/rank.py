@@ -20,7 +20,8 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from ..trace.install import installed
-from . import libraries, payload, recorder, stacks, wire
+from . import libraries, payload, peak, recorder, stacks, wire
+from .records import is_of_worker
 
 ATTACHED = "_gputrain_attached"
 """Attribute of an exception whose bytes travel with its report, to ``RankResult.attached``."""
@@ -44,7 +45,8 @@ class Link:
         """The one report of a rank. A process that the rank forked has none to give and just ends."""
         if os.getpid() != self._identity["pid"]:
             os._exit(0)
-        header = {"kind": "report", "state": state, **self._identity, "at": time.monotonic(), **details}
+        header = {"kind": "report", "state": state, **self._identity, "at": time.monotonic()}
+        header |= {"peak_bytes": peak.most_bytes(), **details}
         wire.send(self._sock, header, body)
 
     def at_rest(self, dirt: Sequence[str]) -> None:
@@ -178,6 +180,8 @@ def _is_skip(error: BaseException) -> bool:
 def _error(error: BaseException, message: str, name: str | None = None) -> dict[str, str | None]:
     tb = error.__traceback__
     location = stacks.error_location(tb)
+    if is_of_worker(message):
+        location = stacks.told_location(message) or location
     if isinstance(error, SyntaxError) and error.filename:  # its place is not in the traceback
         location = f"{error.filename}:{error.lineno}"
     return {

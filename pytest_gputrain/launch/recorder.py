@@ -26,33 +26,27 @@ import _thread
 import contextlib
 import json
 import os
-import pickle
 import signal
 import socket
 import struct
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import calls, stacks
+from . import calls, flight, stacks
 
 KEPT = 2000
 """Collectives kept a rank: some hundred steps of DDP, less than 2 MB."""
-_DTYPES = {
-    "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
-    "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool",
-}  # fmt: skip
-_DDPS_OWN = {"_engine_run_backward": "in backward", "_sync_buffers": "DDP's buffers"}
-"""Python functions that call collectives which the user's line does not show."""
-
+TEXT = 200
+"""Characters of an exception's message that are told."""
 LAST = "calls.last"
 """In the rank's folder: the answer of a rank that has left, until the launch is over."""
 
 _place: tuple[str, int] | None = None
 _folder: str | None = None
 _listener: tuple[int, socket.socket] | None = None
-_made: dict[str, list[int]] = {}
 
 
 def address(mark: str, rank: int) -> str:
@@ -71,7 +65,7 @@ def prepare() -> None:
     def _new_process_group_helper(*args: Any, **kwargs: Any) -> Any:
         with contextlib.suppress(Exception):  # no record is no reason to fail
             start()
-            _remember(*args, **kwargs)
+            flight.remember(*args, **kwargs)
         return original(*args, **kwargs)
 
     _new_process_group_helper.__wrapped__ = original  # type: ignore[attr-defined]
@@ -130,14 +124,12 @@ def start() -> None:
 
 def _record() -> None:
     """Turns the flight recorder on. It reads its size once; the user's environment stays as it was."""
-    bindings = sys.modules.get("torch._C._distributed_c10d")
-    # Older torch has a recorder for NCCL alone, with a name of its own; newer torch warns of that name.
-    name = "TORCH_FR_BUFFER_SIZE" if hasattr(bindings, "_dump_fr_trace") else "TORCH_NCCL_TRACE_BUFFER_SIZE"
+    name = "TORCH_FR_BUFFER_SIZE"
     if name in os.environ:
         return
     os.environ[name] = str(KEPT)
     try:
-        _flight_recorder()
+        flight.entries()
     finally:
         del os.environ[name]
 
@@ -189,12 +181,28 @@ def _is_mine(asker: socket.socket) -> bool:
 
 
 def answer() -> dict[str, Any]:
-    """What torch has recorded: ``{"records": [...]}``, null without a recorder for the backend at hand."""
-    found = _flight_recorder()
+    """``{"records": [...], "handles": "ValueError: …"}``: what torch has recorded, null without a recorder;
+    the exception that the main thread is handling, or null.
+    """
+    found = flight.entries()
     if found is None:
-        return {"records": None}
-    ranks = _group_ranks()
-    return {"records": [_as_record(entry, ranks) for entry in found if not entry.get("is_p2p")]}
+        return {"records": None, "handles": _handled()}
+    ranks = flight.group_ranks()
+    records = [flight.as_record(entry, ranks) for entry in found if not entry.get("is_p2p")]
+    return {"records": records, "handles": _handled()}
+
+
+def _handled() -> str | None:
+    """The exception in whose ``except`` or ``finally`` the main thread is, with the user's line."""
+    found: Any = sys._current_exceptions().get(threading.main_thread().ident or 0)
+    error = found[1] if isinstance(found, tuple) else found  # a tuple until Python 3.11
+    if not isinstance(error, BaseException):
+        return None
+    text = type(error).__name__
+    with contextlib.suppress(Exception):  # the user's own __str__
+        text = ": ".join(filter(None, [text, (str(error).strip().splitlines() or [""])[0][:TEXT]]))
+    where = stacks.error_location(error.__traceback__)
+    return f"{text} ({where})" if where else text
 
 
 def keep() -> None:
@@ -203,58 +211,3 @@ def keep() -> None:
         return
     with contextlib.suppress(Exception):  # a full disk: the rank's own error matters more
         Path(_folder, LAST).write_text(json.dumps(answer()["records"]), encoding="utf-8")
-
-
-def _flight_recorder() -> Sequence[Mapping[str, Any]] | None:
-    """The entries of torch's recorders with their Python frames; None where there is none."""
-    bindings = sys.modules.get("torch._C._distributed_c10d")
-    found = {}
-    for name in ("_dump_nccl_trace", "_dump_fr_trace"):  # one for NCCL, one for all, depending on the version
-        if (dump := getattr(bindings, name, None)) is not None:
-            for entry in pickle.loads(dump()).get("entries", ()):
-                found[entry["record_id"], entry["profiling_name"], entry["time_created_ns"]] = entry
-    return list(found.values()) if found or hasattr(bindings, "_dump_fr_trace") else None
-
-
-def _remember(
-    size: int, _rank: int, ranks: Sequence[int], _backend: Any, _store: Any, group_name: Any = "", **_: Any
-) -> None:
-    """Takes down whose group is about to be made; no list of ranks means the whole world."""
-    _made[str(group_name)] = sorted(ranks) or list(range(size))
-
-
-def _group_ranks() -> dict[str, list[int]]:
-    """The global ranks of each group that this rank is or was in, by the group's name."""
-    import torch.distributed.distributed_c10d as c10d
-
-    world = c10d._world
-    found = dict(_made)  # torch forgets those that are destroyed, and its recorder does not
-    for group, ranks in list(world.pg_group_ranks.items()):
-        if (name := world.pg_names.get(group)) is not None:
-            found[str(name)] = sorted(ranks)
-    return found
-
-
-def _as_record(entry: Mapping[str, Any], ranks: Mapping[str, list[int]]) -> dict[str, Any]:
-    frames = [stacks.Frame(f["filename"], f["line"], f["name"]) for f in entry.get("frames", ())]
-    group = str(entry["process_group"][0])
-    done = entry.get("retired") or entry.get("state") == "completed"
-    created = entry.get("time_created_ns")
-    return {
-        "seq": entry["collective_seq_id"],
-        "op": operation(entry["profiling_name"]),
-        "sizes": entry.get("input_sizes") or entry.get("output_sizes") or [],
-        "dtypes": [_DTYPES.get(name, name.lower()) for name in entry.get("input_dtypes", ())],
-        "group": group,
-        "ranks": ranks.get(group, []),
-        "state": "done" if done else "waiting",
-        "location": str(frame) if (frame := stacks.user_frame(frames)) else None,
-        "at": created / 1e9 if created else None,
-        "note": next((_DDPS_OWN[f.function] for f in frames if f.function in _DDPS_OWN), None),
-    }
-
-
-def operation(name: str) -> str:
-    """``gloo:all_reduce`` and ``nccl:_all_gather_base`` by their names in torch.distributed."""
-    name = name.rpartition(":")[2].lstrip("_")
-    return calls.NAMES.get(name, name)

@@ -72,6 +72,9 @@ _UNREDUCED = "Expected to have finished reduction in the prior iteration"
 _NAMES = re.compile(r"Parameters which did not receive grad for rank \d+: (.+)")
 _NUMBERS = re.compile(r"Parameter indices which did not receive grad for rank \d+: ([\d ]+)")
 _SHOWN = 4
+# What torch raises in the place of an exception in a data loader's worker: its traceback there is the text.
+_OF_WORKER = re.compile(r"Caught \S+ in (DataLoader worker process \d+)\.\s+Original Traceback")
+_RAISED = re.compile(r"^[A-Za-z_][\w.]*(: .*)?$", re.MULTILINE)
 
 
 def without_gradient(names: Sequence[str]) -> str:
@@ -93,6 +96,19 @@ def _unreduced(message: str) -> str | None:
     return None
 
 
+def is_of_worker(message: str) -> bool:
+    """Whether it is what torch says of an exception in a data loader's worker."""
+    return _OF_WORKER.match(message.lstrip()) is not None
+
+
+def _in_worker(message: str) -> str | None:
+    """``KeyError: 'label' (in DataLoader worker process 1)``; None for any other error."""
+    if (found := _OF_WORKER.match(message.lstrip())) is None:
+        return None
+    *_, last = [one[0] for one in _RAISED.finditer(message)] or ["an exception"]
+    return f"{last} (in {found[1]})"
+
+
 @dataclass(frozen=True)
 class RankError:
     """An exception on a rank, as text: it crosses processes even when it cannot be pickled."""
@@ -110,7 +126,7 @@ class RankError:
         if (unreduced := _unreduced(self.message)) is not None:
             return f"{self.type}: {unreduced}"
         lines = self.message.strip().splitlines()
-        text = f"{self.type}: {lines[0]}" if lines else self.type
+        text = _in_worker(self.message) or (f"{self.type}: {lines[0]}" if lines else self.type)
         return text if len(text) <= 300 else text[:297] + "..."
 
     @property
@@ -134,6 +150,7 @@ class RankResult:
     ``LaunchResult.artifacts``. ``stacks`` is filled for ranks that were still running at the end.
     ``attached`` is what whoever ran the function on the rank attached to its exception.
     ``fate`` says in a line what the rank waits for or how far it came, where a hang was looked into.
+    ``peak_bytes`` is the most memory that it held (``peak.py``), of a rank that reported.
     ``node`` and ``host`` say on which machine it ran, where a launch had several.
     """
 
@@ -156,6 +173,7 @@ class RankResult:
     attached: bytes = b""
     node: int = 0
     host: str | None = None
+    peak_bytes: int | None = None
 
     @property
     def output(self) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import calls, recorder
-from .deadlock import Scene, from_json
+from .deadlock import BACKWARD, Scene, from_json
 from .member import Member
 
 ANSWER_WITHIN = 1.0
@@ -35,11 +35,12 @@ A store's ``wait(keys)`` is none: who sets the keys is unknown, and it may end b
 """
 _ANY_MESSAGE = "isend or irecv"
 Records = list[dict[str, Any]]
+Answer = dict[str, Any]
 
 
-def ask(ranks: Sequence[int], mark: str) -> dict[int, Records | None]:
-    """The records of the ranks that answered; None for one that has no flight recorder."""
-    found: dict[int, Records | None] = {}
+def ask(ranks: Sequence[int], mark: str) -> dict[int, Answer]:
+    """What ``recorder.answer`` gives, of the ranks that answered."""
+    found: dict[int, Answer] = {}
     parts: dict[int, bytearray] = {}
     limit = time.monotonic() + ANSWER_WITHIN
     with selectors.DefaultSelector() as selector:
@@ -55,7 +56,7 @@ def ask(ranks: Sequence[int], mark: str) -> dict[int, Records | None]:
                 selector.unregister(key.fileobj)
                 key.fileobj.close()  # type: ignore[union-attr]
                 with contextlib.suppress(ValueError):  # it was ended in the middle of a word
-                    found[key.data] = json.loads(parts[key.data])["records"]
+                    found[key.data] = json.loads(parts[key.data])
         for key in list(selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
     return found
@@ -120,7 +121,8 @@ def records_of(answer: Records | None, ring: Records, *, waits: bool) -> tuple[R
 
 def scenes(members: Sequence[Member], folder: Path, mark: str) -> dict[int, Scene]:
     """All ranks at this moment. Where running ranks are is what ``observe.dump`` has found last."""
-    answers = ask([member.rank for member in members if member.exit is None], mark)
+    told = ask([member.rank for member in members if member.exit is None], mark)
+    answers: dict[int, Records | None] = {rank: answer["records"] for rank, answer in told.items()}
     for member in members:
         left = folder / f"rank{member.rank}" / recorder.LAST
         if member.rank not in answers and left.is_file():
@@ -145,6 +147,10 @@ def scenes(members: Sequence[Member], folder: Path, mark: str) -> dict[int, Scen
             complete,
         )
         seen.all_messages = len(ring) < calls.SLOTS
+        seen.handles = told.get(member.rank, {}).get("handles")
+        if member.in_backward and complete and not seen.pending():
+            # The engine waits for nobody: it works itself, or is stuck in what it calls.
+            seen.blocked, seen.waits_in, member.in_collective = False, BACKWARD, False
         if asks and not seen.pending():
             seen.peers = _peers(member.rank, ring)
             seen.blocked = seen.blocked and bool(seen.peers)  # else nothing asynchronous is under way

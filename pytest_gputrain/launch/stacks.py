@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
+_TOLD = re.compile(r'^\s*File "(?P<file>.*)", line (?P<line>\d+), in (?P<function>.*)$', re.MULTILINE)
 _PACKAGE = str(Path(__file__).resolve().parent.parent)
 _CHECKING = tuple(f"{_PACKAGE}/{room}/" for room in ("case", "checks", "diagnose", "tensor_parallel"))
 _STDLIB = str(Path(os.__file__).parent) + os.sep
@@ -26,6 +27,7 @@ _COLLECTIVE = re.compile(
 )
 
 
+_ENGINE = "torch/autograd/graph.py"
 _ANSWERING = re.compile(re.escape(_PACKAGE) + r'/launch/recorder\.py", line \d+ in _serve')
 _WRAPPERS = ("wrapper", "inner", "_wrapped_call_impl", "_call_impl", "decorate_context", "_fn")
 _WAITING_FILES = ("/threading.py", "/queue.py", "/selectors.py")
@@ -131,6 +133,13 @@ def in_collective(frames: Sequence[Frame]) -> bool:
     return False
 
 
+def in_backward(frames: Sequence[Frame]) -> bool:
+    """Whether the rank is in autograd's engine and in no function of torch's above it: the frames do not tell
+    whether the engine works, or waits for DistributedDataParallel's buckets.
+    """
+    return bool(frames) and frames[0].file.endswith(_ENGINE)
+
+
 def waits_in(frames: Sequence[Frame]) -> str | None:
     """The torch function that the user's line called and that has not returned; None for other code."""
     called = None
@@ -150,6 +159,13 @@ def is_installed(file: str) -> bool:
 def is_users(file: str) -> bool:
     """Whether a file is neither torch's nor the standard library's, installed, or this package's."""
     return not (_is_machinery(file) or file.startswith(_CHECKING) or _INSTALLED.search(file))
+
+
+def told_location(message: str) -> str | None:
+    """The same for a traceback that is part of an error's message, as of a data loader's worker; or None."""
+    frames = [Frame(one["file"], int(one["line"]), one["function"]) for one in _TOLD.finditer(message)]
+    frame = user_frame(frames[::-1])
+    return str(frame) if frame else None
 
 
 def error_location(tb: TracebackType | None) -> str | None:

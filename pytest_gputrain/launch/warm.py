@@ -22,6 +22,7 @@ from .aftermath import Aftermath
 from .conclude import concluded
 from .folder import Folder
 from .member import Member
+from .nodes import post
 from .result import LaunchResult
 from .surroundings import reads
 from .warm_folder import WarmFolder
@@ -219,6 +220,7 @@ def shutdown() -> None:
     """Ends every idle rank and fork server of this process. Called at exit; safe to call at any time."""
     POOL.close()
     client.shutdown()
+    post.shutdown()
 
 
 atexit.register(POOL.close)

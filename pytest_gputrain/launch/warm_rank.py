@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import calls, dirt, dirt_python, dirt_torch, libraries, output, payload, rank, recorder, sweep
+from . import calls, dirt, dirt_python, dirt_torch, libraries, output, payload, peak, rank, recorder, sweep
 
 
 def run(
@@ -89,6 +89,7 @@ class _Kept:
         os.chdir(self._spec["cwd"])  # also if the name is the same: it may be another folder
         tempfile.tempdir = None  # it follows TMPDIR
         self.baseline.begin()
+        peak.forget()
 
     def _empty_files(self) -> None:
         """What came after the last call's report was nobody's."""
@@ -108,12 +109,15 @@ class _Kept:
             body = rank.pack(value, self._number)
             del value
             rank.flush()
-            found = {"dirt": self._left_running(), "figures": self._traffic.figures()}
+            # Of the host the process's peak would be told, over all of its calls.
+            found: dict[str, Any] = {"figures": self._traffic.figures(), "peak_bytes": peak.of_gpus()}
+            found["dirt"] = self._left_running()
             self._link.report("passed", body, imported=self._imported(), location=location, **found)
         except BaseException as error:
             rank.flush()
             state, details = rank.describe(error)
-            self._link.report(state, getattr(error, rank.ATTACHED, b""), **details)
+            attached = getattr(error, rank.ATTACHED, b"")
+            self._link.report(state, attached, peak_bytes=peak.of_gpus(), **details)
         else:
             self._link.at_rest(self.baseline.dirt())
         dirt_torch.renew()

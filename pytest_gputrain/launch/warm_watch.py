@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import selectors
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import surroundings, wire
+from . import surroundings
 from .member import Member
 from .supervise import Supervision
 from .verdict import Ending
@@ -39,20 +37,20 @@ class WarmSupervision(Supervision):
     @property
     def kept(self) -> bool:
         """Whether the ranks are as they were before the call, and so can take another one."""
-        return self._decided and self.recycled is None
+        return self._connection.decided and self.recycled is None
 
     def hand_over(self, call: bytes) -> None:
         """Gives the call to ranks that wait for one. Raises Stale as long as none of them has it."""
         request = self._news()
-        self.began = self._last_news = self._last_sample = time.monotonic()
-        self._forked = True
+        self._connection.resume()
+        self._last_sample = self.began
         try:
-            self._send(self.members[0], request, call)
+            self._connection.hand(self.members[0], request, call, SEND_DEADLINE)
         except OSError:
             raise Stale("the ranks died while idle") from None
         for member in self.members[1:]:
             with contextlib.suppress(OSError):  # from here on, what goes wrong is the call's
-                self._send(member, request, call)
+                self._connection.hand(member, request, call, SEND_DEADLINE)
 
     def _news(self) -> dict[str, Any]:
         known = self.ranks.told
@@ -61,23 +59,13 @@ class WarmSupervision(Supervision):
             news["environ"] = change
         return news
 
-    def _send(self, member: Member, request: dict[str, Any], call: bytes) -> None:
-        assert member.sock is not None
-        member.last_moved = self.began
-        member.sock.settimeout(SEND_DEADLINE)
-        try:
-            wire.send(member.sock, request, call)
-        finally:
-            member.sock.setblocking(False)
-            self._selector.modify(member.sock, selectors.EVENT_READ, member)
-
     # -- the end ------------------------------------------------------------------------------------
 
     def end(self, ending: Ending) -> None:
         """Lets the ranks be if they are clean; otherwise ends them as any launch's."""
         self.recycled = self._why_recycled(ending)
         if self.recycled is None:
-            self._decided = True
+            self._connection.decided = True
         else:
             super().end(ending)
 

@@ -52,8 +52,8 @@ def fake_mode() -> Any:
     """
     if MISSING is not None:
         raise PredictionUnavailable(
-            f"torch {torch.__version__} lacks what prediction needs ({MISSING}); written for torch 2.6 to "
-            "2.13, and a measured search (find-batch without --capacity) needs none of it"
+            f"torch {torch.__version__} lacks what prediction needs ({MISSING}); written for torch 2.8 to "
+            "2.14, and a measured search (find-batch without --capacity) needs none of it"
         )
     return FakeTensorMode(allow_non_fake_inputs=True)
 

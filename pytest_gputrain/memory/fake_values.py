@@ -30,7 +30,7 @@ _KNOWN = "_gputrain_value"
 # Gradients of which nothing is known have no overflow: a loss scaler then steps, as it does in most steps.
 _LEAVES_VALUES = ("_amp_foreach_non_finite_check_and_unscale_",)
 # Memory that nobody has written has no values yet.
-_GROUPED = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)  # torch 2.8 and newer
+_GROUPED = torch.ops.aten._grouped_mm.default
 _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 

@@ -171,9 +171,17 @@ class OomGuard:
         return tuple(left for left in self.left if not left.in_hand)
 
     @property
+    def swallowed(self) -> OutOfMemory | None:
+        """On the CPU: the last out-of-memory that the block itself caught, to go on without it."""
+        return None if self.oom is not None else self._meter.refused
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What these figures do not show, in words."""
-        return tuple(self._meter.notes())
+        notes = self._meter.notes()
+        if (error := self.swallowed) is not None:
+            notes = [*notes, f"the block caught an out-of-memory and went on: {error}"]
+        return tuple(notes)
 
     def assert_nothing_left(self) -> None:
         """Raises AssertionError that names what the block leaked, the line that made it and who holds it."""

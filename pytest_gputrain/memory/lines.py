@@ -19,7 +19,7 @@ _REFERENCE = _OURS + "reference" + os.sep
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 _LIBRARIES = ("/site-packages/", "/dist-packages/")
 _MACHINERY_OF_TESTS = ("/_pytest/", "/pluggy/", "/pytest.py")
-# The frame around whatever torch.compile was given, also where torch runs that uncompiled (since torch 2.7).
+# The frame around whatever torch.compile was given, also where torch runs that uncompiled.
 _COMPILED = (os.path.join(_TORCH, "_dynamo", "eval_frame.py"), "compile_wrapper")
 _DDP = os.path.join(_TORCH, "nn", "parallel", "distributed.py")
 # Frames that may stand between who runs torch and who watches.

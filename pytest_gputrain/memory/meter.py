@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pytest_gputrain.memory.errors import OutOfMemory
 from pytest_gputrain.memory.ledger import Record
 
 
@@ -15,6 +16,8 @@ class Meter(Protocol):
     """How memory of one device is measured and limited."""
 
     device: torch.device
+    refused: OutOfMemory | None
+    """The last operation that did not fit, where operations are watched: its caller may have gone on."""
 
     def start(self, roots: Sequence[Any]) -> None: ...
     def stop(self, *, drop_gradients: bool) -> None: ...

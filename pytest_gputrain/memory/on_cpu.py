@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ COMPILED = (
     "a function that torch.compile was given ran uncompiled, as torch does while operations are watched: "
     "the peak is that of eager execution"
 )
+# By this text accelerate's find_executable_batch_size and Lightning's tuner know an out-of-memory of a CPU.
+WORDS_OF_TORCH = "; DefaultCPUAllocator: can't allocate memory"
 
 
 class CpuMeter:
@@ -28,6 +31,7 @@ class CpuMeter:
     device = torch.device("cpu")
 
     def __init__(self, limit: int | None) -> None:
+        self.refused: OutOfMemory | None = None
         self._limit = limit
         self._ledger = Ledger()
         self._accounting = Accounting(self._ledger, self.device, self._refuse)
@@ -112,11 +116,11 @@ class CpuMeter:
         where = location(creating_lines())
         in_use = self._ledger.in_use - requested
         by_category = self._ledger.by_category()
-        raise OutOfMemory(
+        error = OutOfMemory(
             f"out of memory on {self.device}: {op or 'the model or optimizer given'} needs "
             f"{format_size(requested)} with {format_size(in_use)} in use, "
             f"of a limit of {format_size(self._limit)}{f', at {where}' if where else ''} "
-            f"(in use: {categories.describe(by_category)})",
+            f"(in use: {categories.describe(by_category)}){WORDS_OF_TORCH}",
             requested=requested,
             in_use=in_use,
             limit=self._limit,
@@ -124,3 +128,6 @@ class CpuMeter:
             by_category=by_category,
             location=where,
         )
+        # A copy, which has no traceback to keep what ran out alive.
+        self.refused = copy.copy(error)
+        raise error

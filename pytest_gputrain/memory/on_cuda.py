@@ -31,6 +31,8 @@ class CudaMeter:
 
     def __init__(self, limit: int | None, device: torch.device) -> None:
         self.device = device
+        # Never: torch's own kernels try memory and do with less, which is no sign of a caller that went on.
+        self.refused: OutOfMemory | None = None
         self._limit = limit
         self._ledger = Ledger()
         self._owners = Owners(self._mark, self._is_here)
@@ -158,6 +160,5 @@ class CudaMeter:
 
 
 def _fraction(device: torch.device) -> float:
-    """What this process may take of the device; before torch 2.8 nobody tells, and it is all of it."""
-    ask = getattr(torch.cuda.memory, "get_per_process_memory_fraction", None)
-    return 1.0 if ask is None else float(ask(device))
+    """What this process may take of the device."""
+    return float(torch.cuda.memory.get_per_process_memory_fraction(device))

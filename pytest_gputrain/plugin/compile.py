@@ -40,6 +40,9 @@ def _on_a_rank() -> Callable[[], CompileMonitor]:
 def complete(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     """Add to the report of this phase what each monitor saw in it."""
     for monitor in (monitors := item.stash.get(_MONITORS, [])):
+        from pytest_gputrain.plugin.told_figures import tell_compiled
+
+        tell_compiled(monitor.report())
         told = str(monitor)
         item.add_report_section(call.when, "compile_monitor", told + "\n")
         properties.add(item, properties.COMPILED, told.splitlines()[0])

@@ -99,11 +99,11 @@ def batch_finder(request: pytest.FixtureRequest) -> BatchFinder:
     On the GPU that the test holds, if it is marked ``requires_gpus``, else on the CPU, within its memory or
     the ``capacity`` given.
     """
-    from pytest_gputrain.batch.finder import BatchFinder
     from pytest_gputrain.plugin.settings import settings_of
+    from pytest_gputrain.plugin.told_figures import TellingFinder
 
     held = leasing.held(request.node)
-    return BatchFinder(held.devices[0] if held else "cpu", settings_of(request.config).cache_dir)
+    return TellingFinder(held.devices[0] if held else "cpu", settings_of(request.config).cache_dir)
 
 
 @pytest.fixture

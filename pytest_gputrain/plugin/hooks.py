@@ -46,7 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(XdistHooks(), "gputrain-xdist")
 
 
+# Last: after the summary and what pytest says of an interrupt.
+@pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config: pytest.Config) -> None:
+    if (progress := sys.modules.get("pytest_gputrain.endurance.progress")) is not None:
+        for line in progress.last_words():
+            leasing.say(config, f"gputrain: {line}")
     if config in _sessions:
         _sessions.remove(config)
     if _sessions:  # fork servers and idle ranks are the outer session's, which goes on
@@ -101,6 +106,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         return (yield)
     from pytest_gputrain.checks.context import SESSION_COMPILE_REPORT, SESSION_LAUNCHER
     from pytest_gputrain.plugin.launcher import launcher_for
+    from pytest_gputrain.plugin.stability import progress_shown
 
     report = settings.settings_of(pyfuncitem.config).report
     tokens = (
@@ -108,7 +114,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
         SESSION_COMPILE_REPORT.set(str(report / "compile") if report else None),
     )
     try:
-        return (yield)
+        with progress_shown(pyfuncitem.config):
+            return (yield)
     finally:
         SESSION_LAUNCHER.reset(tokens[0])
         SESSION_COMPILE_REPORT.reset(tokens[1])

@@ -10,6 +10,7 @@ import pytest
 
 from pytest_gputrain.devices.sharing import lacking
 from pytest_gputrain.devices.shortage import need, shortage
+from pytest_gputrain.endurance.plan import StabilityPlan
 from pytest_gputrain.plugin import properties
 from pytest_gputrain.plugin.settings import settings_of
 from pytest_gputrain.values import LEGAL_SIZE, parse_size
@@ -34,13 +35,6 @@ class GpuNeed(NamedTuple):
 
     def __str__(self) -> str:
         return need(self.num_gpus, self.memory)
-
-
-class StabilityPlan(NamedTuple):
-    """What ``stability`` asks for: the depth of the model and the number of training steps."""
-
-    depth: int
-    iterations: int
 
 
 def register(config: pytest.Config) -> None:

@@ -73,14 +73,16 @@ class TestRecord:
     @contextlib.contextmanager
     def listening(self, folder: Path) -> Iterator[None]:
         """Have the results of checks told to this test while it runs."""
-        from pytest_gputrain.checks.context import SESSION_REPORT, SESSION_RESULTS
+        from pytest_gputrain.checks.context import SESSION_FIGURES, SESSION_REPORT, SESSION_RESULTS
 
         tokens = SESSION_RESULTS.set(self._told), SESSION_REPORT.set(str(folder))
+        figures = SESSION_FIGURES.set(self.known.add_figures)
         try:
             yield
         finally:
             SESSION_RESULTS.reset(tokens[0])
             SESSION_REPORT.reset(tokens[1])
+            SESSION_FIGURES.reset(figures)
 
     def _told(self, result: Any, ctx: Any) -> None:
         self._results.append(result)

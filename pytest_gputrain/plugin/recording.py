@@ -126,6 +126,8 @@ class Recording:
             fields = {"interrupted": self._interrupted, "reason": self._reason, "outcomes": self._outcomes}
             recorder.line(records.END, at=time.time(), exit_code=exit_code, workers=self._workers, **fields)
             recorder.close()
+            if recorder.broken:
+                say(self._config, f"gputrain: the records end too early: {recorder.broken}")
             if self.worker is None:
                 self._write()
         except (OSError, ReportError) as error:  # a full disk at the end of the night takes no verdict away

@@ -11,7 +11,8 @@ from pytest_gputrain.devices.inventory import FAKE_VARIABLE, discover
 from pytest_gputrain.devices.shortage import count, describe_found, shortage
 from pytest_gputrain.devices.visible import visible_gpus
 from pytest_gputrain.plugin import properties
-from pytest_gputrain.plugin.settings import SETTINGS, Settings, not_default
+from pytest_gputrain.plugin.settings import Settings, not_default
+from pytest_gputrain.plugin.settings_table import SETTINGS
 
 
 def check_pretended_gpus() -> None:

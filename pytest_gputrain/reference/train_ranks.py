@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -62,6 +63,10 @@ def ranks(device: str) -> Iterator[Ranks]:
     finally:
         # Not with an exception on its way: the others may be in a collective, and NCCL would wait for them.
         if made and sys.exc_info()[0] is None:
+            # A DDP model that is still there, if only as garbage, or a rank that still needs this one, makes
+            # gloo abort the process now and then (torch 2.13).
+            gc.collect()
+            dist.barrier()
             dist.destroy_process_group()
 
 

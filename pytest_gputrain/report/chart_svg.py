@@ -29,10 +29,12 @@ def picture(parts: Sequence[str], described: str, width: int = WIDTH, height: in
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{text}">{"".join(parts)}</svg>'
 
 
-def axis_y(scale: Scale, at: Sequence[float], unit: str, right: float = WIDTH - RIGHT) -> str:
+def axis_y(
+    scale: Scale, at: Sequence[float], unit: str, right: float = WIDTH - RIGHT, left: float = LEFT
+) -> str:
     """Hairlines across with their numbers, the unit on top."""
-    lines = "".join(f"M{LEFT},{_n(scale(tick))}H{_n(right)}" for tick in at)
-    numbers = "".join(_text(LEFT - 6, scale(tick) + 4, _tick(tick, scale), "ye") for tick in at)
+    lines = "".join(f"M{_n(left)},{_n(scale(tick))}H{_n(right)}" for tick in at)
+    numbers = "".join(_text(left - 6, scale(tick) + 4, _tick(tick, scale), "ye") for tick in at)
     return f'<path class="gr" d="{lines}"/>{numbers}' + (_text(2, 11, unit, "yu") if unit else "")
 
 
@@ -45,9 +47,10 @@ def axis_x(scale: Scale, at: Sequence[float], label: str, bottom: float = HEIGHT
     )
 
 
-def line(points: Sequence[Point], x: Scale, y: Scale, place: int) -> str:
-    """A line through ``points``; ``place`` chooses colour and dashes."""
-    return f'<path class="ln s{place % PLACES}" d="{_path(points, x, y)}"/>' if len(points) > 1 else ""
+def line(points: Sequence[Point], x: Scale, y: Scale, place: int, *, before: bool = False) -> str:
+    """A line through ``points``; ``place`` chooses colour and dashes. ``before``: broad and pale, behind."""
+    kind = "was" if before else "ln"
+    return f'<path class="{kind} s{place % PLACES}" d="{_path(points, x, y)}"/>' if len(points) > 1 else ""
 
 
 def dots(points: Sequence[Point], x: Scale, y: Scale, place: int) -> str:
@@ -77,6 +80,14 @@ def level(value: float, y: Scale, label: str, place: int, *, below: bool = False
     return across + _text(WIDTH - RIGHT, foot, label, "lb")
 
 
+def limit(value: float, y: Scale, label: str) -> str:
+    """A line across that the values have to stay below, its label above its left end."""
+    at = y(value)
+    foot = at - 4 if at > TOP + 10 else at + 12
+    across = f'<path class="lm" d="M{LEFT},{_n(at)}H{WIDTH - RIGHT}"/>'
+    return across + _text(LEFT + 4, foot, label, "ll")
+
+
 def crosses(xs: Sequence[float], x: Scale, at: float) -> str:
     """Where there is no number (out of memory, not finite): a cross at height ``at`` (pixels)."""
     d = "".join(f"M{_n(x(one))},{_n(at)}m-4,-4l8,8m0,-8l-8,8" for one in xs)
@@ -97,11 +108,11 @@ def bars(heights: Sequence[float | None], y: Scale, place: int, right: float = W
     return f'<path class="br s{place % PLACES}" d="{d}"/>'
 
 
-def swatch(place: int) -> str:
+def swatch(place: int, *, before: bool = False) -> str:
     """What stands for a line in a legend."""
     return (
         f'<svg class="sw" viewBox="0 0 26 10" aria-hidden="true">'
-        f'<path class="ln s{place % PLACES}" d="M1,5H25"/></svg>'
+        f'<path class="{"was" if before else "ln"} s{place % PLACES}" d="M1,5H25"/></svg>'
     )
 
 

@@ -6,12 +6,11 @@ are told apart by colour-blind readers as well (Okabe and Ito), and lines by the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from pytest_gputrain.report import chart_svg as svg
+from pytest_gputrain.report.chart_lines import LOG, Line, limits_of, notes, numbers
 from pytest_gputrain.report.chart_scale import (
     Point,
     Scale,
@@ -27,6 +26,7 @@ from pytest_gputrain.report.quantities import fitting, quantity
 MOST_LINES = 8  # in one drawing; more is a tangle, and is counted instead
 MOST_POINTS = 240  # a line: one a pixel and a half
 MOST_DOTS = 200
+_MOST_MARKS = 80
 
 TITLES = {
     "loss": "Loss",
@@ -38,19 +38,9 @@ TITLES = {
     "recompiles": "Recompiles",
     "tp_gradient_error": "Tensor-parallel gradient error",
 }
-_X = {"ladder": "batch size", "tp_gradient_error": "parameter", "memory": "step"}
-_LOG = {"tp_gradient_error", "distance"}
+_X = {"ladder": "batch size"}
+_NAMED_X = {"tp_gradient_error": "layer", "memory": "rank"}
 _FROM_ZERO = {"step_seconds", "tokens_per_second", "mfu", "memory", "ladder", "recompiles"}
-
-
-@dataclass(frozen=True)
-class Line:
-    """``points`` by x, finite; ``gaps``: the x at which there is no number (None, NaN, infinite)."""
-
-    label: str
-    unit: str
-    points: Sequence[Point]
-    gaps: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -72,26 +62,30 @@ class Chart:
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def line_of(series: Mapping[str, Any]) -> Line:
-    """A line of a series of the report; what is not a pair of numbers is a gap, or is left out."""
-    points, gaps = [], []
-    for x, y in zip(series.get("x") or (), series.get("y") or (), strict=False):
-        if not _finite(x):
-            continue
-        if _finite(y):
-            points.append((float(x), float(y)))
-        else:
-            gaps.append(float(x))
-    return Line(str(series.get("label") or ""), str(series.get("unit") or ""), sorted(points), sorted(gaps))
+def charts(plot: str, lines: Sequence[Line], earlier: Sequence[Line] = ()) -> list[Chart]:
+    """The drawings of the lines of one plot: one, and for several losses their distance as well.
 
-
-def charts(plot: str, lines: Sequence[Line]) -> list[Chart]:
-    """The drawings of the lines of one plot: one, and for several losses their distance as well."""
+    ``earlier``: the lines of an earlier report; those of the same label are drawn along, and of losses the
+    distance from them.
+    """
     title = TITLES.get(plot, plot.replace("_", " ").capitalize())
-    drawn = [_chart(plot, title, lines)]
-    if plot == "loss" and len(lines) > 1 and (apart := _distances(lines[0], lines[1 : MOST_LINES + 1])):
-        drawn.append(_chart("distance", f"Loss: distance from {lines[0].label}", apart, first=1))
-    return drawn
+    was = {one.label: one for one in earlier}
+    before = [
+        replace(was[one.label], label=f"{one.label}, earlier", before=True)
+        for one in lines if one.label in was
+    ]  # fmt: skip
+    drawn = [_chart(plot, title, lines, before)]
+    if plot != "loss":
+        return drawn
+    apart = _distances(lines[0], lines[1 : MOST_LINES + 1]) if lines else []
+    moved = [one for new in lines if new.label in was for one in _distances(was[new.label], [new])]
+    notes = [*drawn[0].notes]
+    for found, of, first in ((apart, lines[0].label if lines else "", 1), (moved, "the earlier report", 0)):
+        if any(y for one in found for _, y in one.points):
+            drawn.append(_chart("distance", f"|Δ loss| from {of}", found, first=first))
+        elif found:
+            notes.append(f"No step differs from {of}.")
+    return [replace(drawn[0], notes=notes), *drawn[1:]]
 
 
 def peaks(by_rank: Sequence[float | None], title: str = "Peak memory by rank") -> Chart:
@@ -110,37 +104,56 @@ def peaks(by_rank: Sequence[float | None], title: str = "Peak memory by rank") -
     return Chart(title, svg.picture(parts, f"{title}: {words}"), [Key("", "", words)])
 
 
-def _chart(plot: str, title: str, lines: Sequence[Line], first: int = 0) -> Chart:
-    """``first``: the place in the colours of the first line."""
-    shown, log = lines[:MOST_LINES], plot in _LOG
-    values = [y for one in shown for _, y in one.points]
+def _chart(
+    plot: str, title: str, lines: Sequence[Line], before: Sequence[Line] = (), first: int = 0
+) -> Chart:
+    """``first``: the place in the colours of the first line; each line of ``before`` has that of its own."""
+    shown, log = lines[:MOST_LINES], plot in LOG
+    # What was is drawn first, so that what is lies over it.
+    colours = {one.label: place for place, one in enumerate(shown, first)}
+    was = [(colours[own], one) for one in before if (own := one.label.removesuffix(", earlier")) in colours]
+    drawn = [*was, *((colours[one.label], one) for one in shown)]
+    values = [y for _, one in drawn for _, y in one.points]
+    limits = limits_of(shown, values, log=log)
     unit = next((one.unit for one in shown if one.unit), "")
-    divisor, name = (1.0, unit) if log else fitting(unit, max(map(abs, values), default=0.0))
+    reach = [*values, *limits]
+    divisor, name = (1.0, unit) if log else fitting(unit, max(map(abs, reach), default=0.0))
     if name == "fraction":
         divisor, name = 0.01, "%"
-    low, high = spread([value / divisor for value in values], log=log, zero=plot in _FROM_ZERO)
-    x_values = [x for one in shown for x in (*(x for x, _ in one.points), *one.gaps)]
+    low, high = spread([value / divisor for value in reach], log=log, zero=plot in _FROM_ZERO)
+    x_values = [x for _, one in drawn for x in (*(x for x, _ in one.points), *one.gaps)]
     x_low, x_high = spread(x_values)
     x = Scale(x_low, x_high, svg.LEFT + 4, svg.WIDTH - svg.RIGHT - 4)
     y = Scale(low, high, svg.HEIGHT - svg.BOTTOM, svg.TOP, log)
-    parts = [svg.axis_y(y, log_ticks(low, high) if log else ticks(low, high), name)]
-    for place, one in enumerate(shown, first):
+    named = any(one.names for one in shown)
+    across = log_ticks(low, high) if log else (whole_ticks if plot == "recompiles" else ticks)(low, high)
+    parts = [svg.axis_y(y, across, name)]
+    parts += [svg.limit(value / divisor, y, label) for value, label in limits.items()]
+    for place, one in drawn:
         scaled = [(at, value / divisor) for at, value in one.points]
-        parts.append(_body(plot, scaled, x, y, place, alone=len(shown) == 1))
+        if one.before:
+            parts.append(svg.line(thin(_on_paper(scaled, y), MOST_POINTS), x, y, place, before=True))
+            continue
+        parts.append(_body(plot, scaled, x, y, place, alone=len(drawn) == 1, named=named))
         parts.append(svg.crosses(one.gaps[:MOST_DOTS], x, y.end + 6))
     if not values:
         parts.append(svg.say("no number to draw"))
-    parts.append(svg.axis_x(x, whole_ticks(x_low, x_high), _X.get(plot, "step")))
-    legend = [
-        Key(svg.swatch(place), one.label, _numbers(plot, one)) for place, one in enumerate(shown, first)
-    ]
-    described = f"{title}. " + ". ".join(f"{one.label}: {_numbers(plot, one)}" for one in shown)
-    return Chart(title, svg.picture(parts, described), legend, _notes(plot, lines, shown))
+    of_x = _NAMED_X.get(plot, "place") if named else _X.get(plot, "step")
+    parts.append(svg.axis_x(x, whole_ticks(x_low, x_high), of_x))
+    legend = [Key(svg.swatch(place, before=one.before), one.label, numbers(plot, one)) for place, one in
+              sorted(drawn, key=lambda pair: (pair[0], pair[1].before))]  # fmt: skip
+    described = f"{title}. " + ". ".join(f"{one.label}: {numbers(plot, one)}" for _, one in drawn)
+    return Chart(title, svg.picture(parts, described), legend, notes(plot, lines, shown, log=log))
 
 
-def _body(plot: str, points: Sequence[Point], x: Scale, y: Scale, place: int, *, alone: bool) -> str:
+def _body(
+    plot: str, points: Sequence[Point], x: Scale, y: Scale, place: int, *, alone: bool, named: bool
+) -> str:
     if plot == "recompiles":
-        return svg.stems(points, x, y, place) + svg.marks(points, x, y, place)
+        made = [point for point in points if point[1]]
+        return svg.stems(made, x, y, place) + svg.marks(made, x, y, place)
+    if named and len(points) <= _MOST_MARKS:
+        return svg.marks(_on_paper(points, y), x, y, place)
     if plot == "step_seconds" and alone and points:
         values = [value for _, value in points]
         return (
@@ -168,48 +181,6 @@ def _distances(base: Line, others: Sequence[Line]) -> list[Line]:
     return [one for one in lines if one.points]
 
 
-def _numbers(plot: str, line: Line) -> str:
-    """The few numbers of a line, for its legend."""
-    values = [value for _, value in line.points]
-    lost = f"{len(line.gaps)} without a number, the first at {line.gaps[0]:g}" if line.gaps else ""
-    if not values:
-        return lost or "no numbers"
-    if plot == "step_seconds":
-        middle, late = (_show(percentile(values, part), line.unit) for part in (0.5, 0.95))
-        told = f"p50 {middle}, p95 {late}"
-    elif plot in _LOG:
-        told = "no difference" if not any(values) else f"at most {_show(max(values), line.unit)}"
-    elif plot in ("memory", "ladder"):
-        told = f"at most {_show(max(values), line.unit)}"
-    elif plot == "recompiles":
-        told = f"{sum(values):g} in all"
-    elif plot in ("tokens_per_second", "mfu"):
-        told = f"median {_show(percentile(values, 0.5), line.unit)}"
-    else:
-        told = f"{_show(values[0], line.unit)} → {_show(values[-1], line.unit)}"
-    return f"{told}; {lost}" if lost else told
-
-
-def _notes(plot: str, lines: Sequence[Line], shown: Sequence[Line]) -> list[str]:
-    notes = []
-    if len(lines) > len(shown):
-        notes.append(f"{len(lines) - len(shown)} more lines are in report.json.")
-    if plot in _LOG and any(not value > 0 for one in shown for _, value in one.points):
-        notes.append("Zeros are at the lower edge.")
-    if any(one.gaps for one in shown):
-        what = "ran out of memory" if plot == "ladder" else "no finite number"
-        notes.append(f"✕: {what}.")
-    return notes
-
-
 def _range(values: Sequence[float], unit: str) -> str:
     low, high = quantity(min(values), unit), quantity(max(values), unit)
     return low if low == high else f"{low} to {high}"
-
-
-def _show(value: float, unit: str) -> str:
-    return f"{value:.1%}" if unit == "fraction" else quantity(value, unit)
-
-
-def _finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,7 +8,7 @@ on like hardware and under like settings (``likeness``); where they did not, tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal
 
@@ -39,11 +39,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """other: the earlier report, in words. notes: what hinders the comparison, hardware first."""
+    """other: the earlier report, in words. notes: what hinders the comparison, hardware first.
+
+    before: the tests of the earlier report, whose plots the later one's are drawn over.
+    """
 
     other: str
     changes: tuple[Change, ...]
     notes: tuple[str, ...] = ()
+    before: Sequence[Json] = field(default=(), repr=False, compare=False)
 
     def of(self, *kinds: Kind) -> list[Change]:
         return [change for change in self.changes if change.kind in kinds]
@@ -109,7 +113,7 @@ def compare(old: Json, new: Json, *, earlier: Sequence[Json] = ()) -> Comparison
     unlike = sorted({why for test, before in pairs if before for why in settings_apart(before, test)})
     if unlike:
         notes.append(f"different settings: {'; '.join(unlike)}: figures of those tests are not compared")
-    return Comparison(where, (*changes, *(_gone(test, new) for test in gone)), tuple(notes))
+    return Comparison(where, (*changes, *(_gone(test, new) for test in gone)), tuple(notes), old["tests"])
 
 
 def compare_test(test: Json, new: Json, nights: Sequence[Night], where: str) -> list[Change]:

@@ -5,15 +5,16 @@ Drawn without a display. Needs matplotlib, which the extra [report] brings; ``la
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytest_gputrain.report.picture import GREY, canvas, save
+
 # Told apart by colour-blind readers as well (Okabe and Ito); the lines differ too.
-EAGER, COMPILED, GREY = "#0072B2", "#D55E00", "#7A7A7A"
+EAGER, COMPILED = "#0072B2", "#D55E00"
 
 
 @dataclass(frozen=True)
@@ -30,26 +31,13 @@ class Curves:
 
 def draw(curves: Curves, path: Path) -> None:
     """Write the picture, PNG or SVG by the file's suffix, whole or not at all. Raises OSError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Not pyplot: it keeps figures, and chooses a backend for the whole process.
-    figure = Figure(figsize=(9, 7), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(9, 7)
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 2, 1))
     _losses(top, curves)
     _distance(middle, curves)
     _events(bottom, curves)
     figure.suptitle(curves.title, x=0.01, ha="left", fontsize=12)
-    if curves.footnote:
-        figure.supxlabel(curves.footnote, fontsize=7.5, color=GREY, x=0.01, ha="left")
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
-    try:
-        figure.savefig(unfinished, metadata=metadata)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save(figure, path, curves.footnote)
 
 
 def _losses(axes: Any, curves: Curves) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from pytest_gputrain.report.compile_table import table
+from pytest_gputrain.whole_files import replacing
 
 PAGE = "compile.md"
 _PARITY, _SPEED = "parity", "speed"
@@ -36,9 +36,8 @@ def write_report(folder: Path) -> list[Path]:
             else:
                 lines += [lacking, ""]
     page = folder / PAGE
-    unfinished = page.with_name(f".{PAGE}.{os.getpid()}")
-    unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    unfinished.replace(page)
+    with replacing(page) as unfinished:
+        unfinished.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return [page, *written]
 
 

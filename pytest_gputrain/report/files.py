@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from pytest_gputrain.report.codec import decode, encode
 from pytest_gputrain.report.model import Report
 from pytest_gputrain.report.reading import REPORT, ReportError, load_report
+from pytest_gputrain.whole_files import replacing
 
 
 def load(path: Path) -> Report:
@@ -55,11 +55,7 @@ def as_text(document: dict[str, Any]) -> str:
 def write_text(path: Path, text: str) -> Path:
     """Whole or not at all: a reader never sees half of it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Stray bytes that Python carries in text must not keep the report from being written.
+    with replacing(path) as unfinished:
+        # Halves of surrogate pairs are replaced: a name that cannot be written is no reason for no report.
         unfinished.write_text(text, encoding="utf-8", errors="replace")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path

@@ -42,7 +42,7 @@ class Baseline:
         # What fails is red by itself, and told as that; the gate adds what passed and got worse.
         failed = {test["id"] for test in tests if test["outcome"] in BAD}
         kept = [change for change in changes if change.metric is not None or change.test not in failed]
-        return Gate(Comparison(where, tuple(kept), self.notes))
+        return Gate(Comparison(where, tuple(kept), self.notes, self.last.report["tests"]))
 
 
 @dataclass(frozen=True)

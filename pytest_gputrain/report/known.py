@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pytest_gputrain.report.codec import decode, plain
@@ -39,7 +40,14 @@ class Known:
 
     def add_figures(self, figures: Mapping[str, Any], *, simulated: bool = False) -> None:
         """The figures of a check. What they say of simulated ranks or shared GPUs becomes a label."""
-        self.figures |= figures
+        for name, value in figures.items():
+            before = self.figures.get(name)
+            # Of several checks and fixtures in one test all lines and metrics are kept.
+            if name == SERIES and isinstance(before, list) and isinstance(value, list):
+                value = [*before, *value]
+            elif name == METRICS and isinstance(before, Mapping) and isinstance(value, Mapping):
+                value = {**before, **value}
+            self.figures[name] = value
         if simulated or "simulated ranks" in figures:
             self.label("simulated")
         if figures.get("shared_gpu"):
@@ -108,19 +116,28 @@ def _finite(series: Any) -> Any:
     """Lists of numbers, null where one is not finite."""
     if not isinstance(series, Mapping) or not isinstance(series.get("y"), list | tuple):
         return series
-    from math import isfinite
-
-    y = [value if not isinstance(value, float) or isfinite(value) else None for value in series["y"]]
+    y = [value if not isinstance(value, float) or math.isfinite(value) else None for value in series["y"]]
     return {**series, "x": [*series.get("x", ())], "y": y}
 
 
 def _thinned(series: Series) -> Series:
-    """At most so many points, the first and the last among them."""
+    """At most so many points: the first, the last, and of each stretch the lowest and the highest."""
     if len(series.x) != len(series.y):
         raise ReportError(f"series {series.label!r} has {len(series.x)} x and {len(series.y)} y")
+    if series.names and len(series.names) != len(series.x):
+        raise ReportError(f"series {series.label!r} has {len(series.x)} x and {len(series.names)} names")
     if len(series.x) <= MOST_POINTS:
         return series
-    last = len(series.x) - 1
-    kept = [round(number * last / (MOST_POINTS - 1)) for number in range(MOST_POINTS)]
+    number, stretches = len(series.x), MOST_POINTS // 2 - 1
+
+    def height(place: int) -> float:
+        value = series.y[place]
+        return -math.inf if value is None else value  # a step without a number is not lost
+
+    found = {0, number - 1}
+    for stretch in range(stretches):
+        places = range(number * stretch // stretches, number * (stretch + 1) // stretches)
+        found |= {min(places, key=height), max(places, key=height)}
+    kept = sorted(found)
     x, y = tuple(series.x[index] for index in kept), tuple(series.y[index] for index in kept)
-    return Series(series.plot, series.label, series.unit, x, y)
+    return replace(series, x=x, y=y, names=tuple(series.names[index] for index in kept if series.names))

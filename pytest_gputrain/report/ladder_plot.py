@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytest_gputrain.report.picture import GREY, canvas, save
+
 SUFFIXES = (".png", ".svg")
 GIB, MIB = 2**30, 2**20
 
 # Told apart by colour-blind readers as well (Okabe and Ito); the shapes differ too.
-FITS, RAN_OUT, LINE, LIMIT, ANSWER = "#0072B2", "#D55E00", "#7A7A7A", "#444444", "#009E73"
+FITS, RAN_OUT, LINE, LIMIT, ANSWER = "#0072B2", "#D55E00", GREY, "#444444", "#009E73"
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,11 @@ def missing() -> str | None:
 
 
 def draw(ladder: Ladder, path: Path) -> None:
-    """Write the picture, PNG or SVG by the file's suffix. Raises OSError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Not pyplot: it keeps figures, and chooses a backend for the whole process.
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    """Write the picture, PNG or SVG by the file's suffix, whole or not at all. Raises OSError."""
+    figure = canvas(8, 5)
     axes = figure.add_subplot()
     _Picture(axes, ladder).draw()
-    if ladder.footnote:
-        figure.supxlabel(ladder.footnote, fontsize=7.5, color=LINE, x=0.01, ha="left")
-    metadata = {"Date": None} if path.suffix == ".svg" else {}  # the same picture is the same file
-    figure.savefig(path, metadata=metadata)
+    save(figure, path, ladder.footnote)
 
 
 class _Picture:

@@ -50,16 +50,18 @@ def _ranks(result: LaunchResult, *, with_text: bool) -> tuple[Rank, ...]:
     if with_text:
         order = sorted(result.ranks, key=lambda rank: (rank.rank != culprit, rank.rank))
         told = {rank.rank for rank in order[:MOST_WITH_TEXT]}
-    return tuple(_rank(rank, rank.rank in told, with_text) for rank in result.ranks)
+    return tuple(_rank(rank, rank.rank in told, with_text, result.seconds) for rank in result.ranks)
 
 
-def _rank(rank: RankResult, with_text: bool, with_fate: bool) -> Rank:
+def _rank(rank: RankResult, with_text: bool, with_fate: bool, launch: float) -> Rank:
     stack = (rank.error.traceback if rank.error else "") or rank.stacks
     return Rank(
         rank=rank.rank,
         outcome=rank.state,
-        seconds=round(rank.seconds, 3),
-        host=getattr(rank, "host", None),
+        # One that was ended ran as long as the launch.
+        seconds=round(launch if rank.state == "ended" else rank.seconds, 3),
+        peak_bytes=rank.peak_bytes,
+        host=rank.host,
         last=_cut(fate(rank)) if with_fate else None,
         stack=_cut(last_lines(stack, _STACK_LINES)) if with_text else None,
         log_tail=_cut(last_lines(rank.output, _LOG_LINES)) if with_text else None,

@@ -125,13 +125,20 @@ class Metric:
 
 @dataclass(frozen=True)
 class Series:
-    """A line of a plot; ``y`` is null where there is no finite value."""
+    """A line of a plot; ``y`` is null where there is no finite value.
+
+    limit: what ``y`` has to stay below, drawn across (a memory budget, a tolerance), and limit_label what it
+    is. names: of the places on the x axis that are no numbers (layers), one for each ``x``.
+    """
 
     plot: Plot
     label: str
     unit: str
     x: tuple[float, ...]
     y: tuple[float | None, ...]
+    limit: float | None = None
+    limit_label: str = ""
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,10 @@ class Cause:
 
 @dataclass(frozen=True)
 class Rank:
-    """What became of a rank. last: how far it came or what it waits for; stack: or its traceback."""
+    """What became of a rank. last: how far it came or what it waits for; stack: or its traceback.
+
+    peak_bytes: by torch's allocator on a GPU; without one, of the process, where no call before it counts in.
+    """
 
     rank: int
     outcome: str

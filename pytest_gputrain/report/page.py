@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from pytest_gputrain.report.files import write_text
+from pytest_gputrain.report.page_compared import Differences, compared_shown
 from pytest_gputrain.report.page_failures import Cause, causes
 from pytest_gputrain.report.page_nights import NightLike, strip
 from pytest_gputrain.report.page_plots import panels
@@ -29,71 +29,28 @@ PAGE = "index.html"
 _FEW = 40  # tests: their table is open from the start
 
 
-class Difference(Protocol):
-    """One thing that differs from an earlier report. ``kind``: worse, better, new, gone or not comparable."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def test(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-
-
-class Differences(Protocol):
-    """What a comparison has to say. ``other``: with which report; ``notes``: what hinders the comparison."""
-
-    @property
-    def other(self) -> str: ...
-    @property
-    def marks(self) -> Sequence[Difference]: ...
-    @property
-    def notes(self) -> Sequence[str]: ...
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A difference as the page shows it."""
-
-    kind: str
-    test: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A comparison as the page shows it."""
-
-    other: str
-    marks: Sequence[Mark] = ()
-    notes: Sequence[str] = ()
-
-
 def write_page(
     report: Mapping[str, Any],
     folder: Path,
     *,
     compared: Differences | None = None,
     nights: Sequence[NightLike] = (),
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Write ``folder/index.html``, whole or not at all, and return it. ``report``: as in ``report.json``.
 
-    Raises OSError.
+    earlier: the tests of the report that it was compared with, for the plots. Raises OSError.
     """
-    path = folder / PAGE
-    unfinished = path.with_name(f".{PAGE}.{os.getpid()}")
-    try:
-        # Halves of surrogate pairs are replaced: a name that cannot be written is no reason for no report.
-        text = page(report, compared=compared, nights=nights)
-        unfinished.write_text(text, encoding="utf-8", errors="replace")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+    text = page(report, compared=compared, nights=nights, earlier=earlier)
+    return write_text(folder / PAGE, text)
 
 
 def page(
-    report: Mapping[str, Any], *, compared: Differences | None = None, nights: Sequence[NightLike] = ()
+    report: Mapping[str, Any],
+    *,
+    compared: Differences | None = None,
+    nights: Sequence[NightLike] = (),
+    earlier: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The page as text."""
     from jinja2 import Environment
@@ -103,7 +60,9 @@ def page(
         for kind in ("css", "js", "html")
     )
     template = Environment(autoescape=True, trim_blocks=True).from_string(html)
-    return template.render(css=css, js=js, policy=_policy(css, js), **_view(report, compared, nights))
+    return template.render(
+        css=css, js=js, policy=_policy(css, js), **_view(report, compared, nights, earlier)
+    )
 
 
 def _policy(css: str, js: str) -> str:
@@ -119,7 +78,10 @@ def _hash(text: str) -> str:
 
 
 def _view(
-    report: Mapping[str, Any], compared: Differences | None, nights: Sequence[NightLike]
+    report: Mapping[str, Any],
+    compared: Differences | None,
+    nights: Sequence[NightLike],
+    earlier: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     tests: Sequence[Mapping[str, Any]] = report.get("tests") or ()
     session: Mapping[str, Any] = report.get("session") or {}
@@ -131,7 +93,7 @@ def _view(
     placed = {one.anchor for cause in found for one in cause.full} | {
         place for cause in found for place, _, _ in cause.lines
     }
-    drawn, panels_left_out = panels(tests, machines)
+    drawn, panels_left_out = panels(tests, report.get("machines") or (), machines, earlier)
     told, rows_left_out = groups(tests, placed)
     return {
         **_top(report, session),
@@ -139,7 +101,7 @@ def _view(
         "causes": [_Shown(cause) for cause in found],
         "silent": sum(1 for cause in found if not cause.full and not cause.lines),
         "not_run": [_not_run(one) for one in report.get("not_run") or ()],
-        "compared": compared and _compared(compared),
+        "compared": compared and compared_shown(compared),
         "matrix": matrix(tests),
         "panels": drawn,
         "panels_left_out": panels_left_out,
@@ -214,16 +176,3 @@ def _not_run(one: Mapping[str, Any]) -> dict[str, Any]:
         "count": plural(count, "test"),
         "tests": [cut_line(clean(test), 300) for test in (one.get("tests") or ())[:10]],
     }
-
-
-def _compared(compared: Differences) -> Compared:
-    order = {"worse": 0, "gone": 1, "better": 2}
-    marks = sorted(compared.marks, key=lambda mark: order.get(mark.kind, 3))
-    shown = [
-        Mark(mark.kind, cut_line(clean(mark.test), 200), cut_line(clean(mark.text), 400))
-        for mark in marks[:300]
-    ]
-    notes = [cut_line(clean(note), 600) for note in compared.notes]
-    if len(marks) > len(shown):
-        notes.append(f"{len(marks) - len(shown):,} more differences are not shown.")
-    return Compared(cut_line(clean(compared.other), 200), shown, notes)

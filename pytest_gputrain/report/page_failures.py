@@ -7,6 +7,7 @@ remains is a line, and what remains of those is counted. All is in ``report.json
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +110,8 @@ def _fill(found: Sequence[Cause], groups: Sequence[Sequence[Mapping[str, Any]]])
 def _in_full(test: Mapping[str, Any]) -> Failure:
     head, rest = first_line(clean(test.get("message") or ""))
     launches = test.get("launches") or ()
+    if any(rank.get("stack") or rank.get("log_tail") for one in launches for rank in one.get("ranks") or ()):
+        rest = _without_sections(rest)
     return Failure(
         anchor(test["id"]),
         cut_line(clean(test["id"]), 600),
@@ -123,6 +126,15 @@ def _in_full(test: Mapping[str, Any]) -> Failure:
         [launch_of(one) for one in launches[:_LAUNCHES]],
         max(0, len(launches) - _LAUNCHES),
     )
+
+
+_SECTION = re.compile(r"^--- rank \d.*$", re.MULTILINE)
+
+
+def _without_sections(message: str) -> str:
+    """A launch's message without its ranks' stacks and output, which stand below by themselves."""
+    found = _SECTION.search(message)
+    return message[: found.start()] if found else message
 
 
 def figures_of(test: Mapping[str, Any]) -> list[tuple[str, str]]:

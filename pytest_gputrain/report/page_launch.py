@@ -51,6 +51,11 @@ class Launch:
     notes: Sequence[str]
 
     @property
+    def peaks(self) -> bool:
+        """Whether memory was measured, so that it gets a column."""
+        return any(row.peak for row in self.ranks)
+
+    @property
     def hosts(self) -> bool:
         """Whether hosts are known, so that they get a column."""
         return any(row.hosts for row in self.ranks)
@@ -83,10 +88,11 @@ def launch_of(told: Mapping[str, Any]) -> Launch:
         )
         if len(found) > most
     ]
-    where = "" if culprit is None else f"rank {culprit}: "
+    said = clean(cause.get("message") or cause.get("kind") or "")
+    where = "" if culprit is None or said.startswith(f"rank {culprit} ") else f"rank {culprit}: "
     return Launch(
         clean(told.get("verdict") or ""),
-        cut_line(where + clean(cause.get("message") or cause.get("kind") or ""), 1000) if cause else "",
+        cut_line(where + said, 1000) if cause else "",
         cut_line(clean(cause.get("location") or ""), 300),
         cut(clean(told.get("likely") or ""), 1000),
         rows[:_MOST_ROWS],
@@ -107,7 +113,7 @@ def _rows(ranks: Sequence[Mapping[str, Any]], culprit: object) -> list[RankRow]:
     return [
         RankRow(
             _whose(group),
-            clean(outcome or "unknown"),
+            _outcome(outcome, bool(guilty)),
             bool(guilty),
             _span([one["seconds"] for one in group if one.get("seconds") is not None], duration),
             _span(
@@ -118,6 +124,11 @@ def _rows(ranks: Sequence[Mapping[str, Any]], culprit: object) -> list[RankRow]:
         )
         for (guilty, outcome, last), group in groups.items()
     ]
+
+
+def _outcome(outcome: object, guilty: bool) -> str:
+    """A rank that returned, and by that kept the others waiting, has not passed anything."""
+    return "returned" if guilty and outcome == "passed" else clean(outcome or "unknown")
 
 
 def _texts(ranks: Sequence[Mapping[str, Any]], field: str, most: int) -> list[Text]:

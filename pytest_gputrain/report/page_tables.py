@@ -9,7 +9,7 @@ from typing import Any
 
 from pytest_gputrain.report.page_failures import BAD, title
 from pytest_gputrain.report.page_text import anchor, clean, cut_line
-from pytest_gputrain.report.quantities import duration, quantity
+from pytest_gputrain.report.quantities import duration, plural, quantity
 
 _MOST_CELLS = 2500
 _MOST_ROWS = 20_000
@@ -140,19 +140,20 @@ def _note(test: Mapping[str, Any], outcome: str, most: int) -> str:
         return ""
     peak = max((one.get("peak_bytes") or 0 for one in ranks), default=0)
     several = f"{len(launches)} launches, " if len(launches) > 1 else ""
-    return f"{several}{len(ranks)} ranks" + (f", peak {quantity(peak, 'bytes')}" if peak else "")
+    return f"{several}{plural(len(ranks), 'rank')}" + (f", peak {quantity(peak, 'bytes')}" if peak else "")
 
 
 def figures(test: Mapping[str, Any], most: int) -> list[str]:
     """The metrics of a test, those that people look for first."""
     metrics = test.get("metrics") or {}
-    names = sorted(metrics, key=lambda name: (name not in _FIRST_NAMES, name))
+    places = {name: place for place, name in enumerate(_FIRST_NAMES)}
+    names = sorted(metrics, key=lambda name: (places.get(name, len(places)), name))
     found = []
     for name in names[:most]:
         value, unit = metrics[name].get("value"), str(metrics[name].get("unit") or "")
         if isinstance(value, (int, float)):
             plain = name.removesuffix("_bytes").removesuffix("_seconds").replace("_", " ")
-            said = "" if unit and unit == name.replace("_per_", "/").replace("second", "s") else f"{plain} "
+            said = "" if unit and unit == name.replace("_per_", "/").replace("second", "s") else f"{plain}: "
             found.append(cut_line(clean(said + quantity(value, unit)), 60))
     return found
 

@@ -32,7 +32,8 @@ def timeline(events: object, ranks: Sequence[Mapping[str, Any]], culprit: object
         return None
     first = [one["rank"] for one in ranks if one.get("rank") in lanes] or list(lanes)
     shown = sorted(first[:_MOST_LANES])
-    return _draw({rank: lanes[rank][-_MOST_BARS:] for rank in shown}, len(lanes), culprit)
+    last = next((clean(one.get("last") or "") for one in ranks if one.get("rank") == culprit), "")
+    return _draw({rank: lanes[rank][-_MOST_BARS:] for rank in shown}, len(lanes), culprit, last)
 
 
 _Bar = tuple[float, float, bool, str]  # start and length in seconds, marked, what it says
@@ -55,7 +56,8 @@ def _lanes_of_events(events: object) -> dict[int, list[_Bar]]:
     return lanes
 
 
-def _draw(lanes: Mapping[int, Sequence[_Bar]], of: int, culprit: object) -> str:
+def _draw(lanes: Mapping[int, Sequence[_Bar]], of: int, culprit: object, last: str) -> str:
+    """``last``: what the rank at fault did last, written where its bars end."""
     start = min(bar[0] for lane in lanes.values() for bar in lane)
     end = max(bar[0] + bar[1] for lane in lanes.values() for bar in lane)
     span = max(end - start, 1e-6)
@@ -68,16 +70,29 @@ def _draw(lanes: Mapping[int, Sequence[_Bar]], of: int, culprit: object) -> str:
         kind = "tr bad" if rank == culprit else "tr"
         parts.append(f'<text class="{kind}" x="0" y="{top + 15}">rank {rank}</text>')
         parts += _bars(lane, start, divisor, x, top)
+        if rank == culprit and not lane[-1][2]:
+            parts += _stopped(x((lane[-1][0] + lane[-1][1] - start) / divisor), top, last)
     at = [tick for tick in ticks(0, span / divisor, 6) if tick >= 0]
     grid = "".join(f"M{x(tick):.1f},{_TOP}V{foot}" for tick in at)
     numbers = "".join(
         f'<text class="xm" x="{x(tick):.1f}" y="{foot + 14}">{number(tick)}</text>' for tick in at
     )
     more = f" of {of}" if of > len(lanes) else ""
-    label = f"{unit}, {len(lanes)}{more} ranks" if more else unit
+    label = f"{unit} of {'the launch' if not more else f'{len(lanes)}{more} ranks'}"
     last = f'<text class="xe" x="{_WIDTH - 16}" y="{foot + 28}">{label}</text>'
     described = f"Timeline of {len(lanes)}{more} ranks over {duration(span)}"
     return picture([f'<path class="gr" d="{grid}"/>', *parts, numbers, last], described, _WIDTH, foot + 32)
+
+
+def _stopped(at: float, top: int, last: str) -> list[str]:
+    """A cross where a rank's bars end, and what it did then, on the side that has room."""
+    told = last.partition("   ")[0]
+    told = told if len(told) <= 60 else f"{told[:59]}…"
+    left = at > _WIDTH / 2
+    mark = f'<path class="no" d="M{at + 8:.1f},{top + 11}m-4,-4l8,8m0,-8l-8,8"/>'
+    place = at - 4 if left else at + 18
+    anchor = ' class="tl"' if left else ' class="tl from"'
+    return [mark, f'<text{anchor} x="{place:.1f}" y="{top + 15}">{escape(told)}</text>'] if told else [mark]
 
 
 def _bars(lane: Sequence[_Bar], start: float, divisor: float, x: Scale, top: int) -> list[str]:

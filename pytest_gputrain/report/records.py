@@ -37,7 +37,11 @@ BEGIN, COLLECTED, DESELECTED, START, DONE, CRASH, END = (
 
 
 class Recorder:
-    """Appends to one process's file; each line is with the system when ``line`` returns. Raises OSError."""
+    """Appends to one process's file; each line is with the system when ``line`` returns.
+
+    Making one raises OSError. Where a line cannot be written later on, as on a full disk, no more are: the
+    tests go on, and ``broken`` says why their records end.
+    """
 
     def __init__(self, folder: Path, host: str, process: str) -> None:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
@@ -45,20 +49,26 @@ class Recorder:
         name = f"{readable}-{process}-{os.getpid()}"
         self._file: IO[str] = _new_file(folder / FOLDER, name)
         self._pid = os.getpid()
+        self.broken = ""
 
     def line(self, event: str, **fields: Any) -> None:
         """Add a line; nothing after ``close``, and nothing in a forked child, whose file this is not."""
         if self._file.closed or os.getpid() != self._pid:
             return
-        self._file.write(json.dumps({"event": event, **plain(fields)}, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"event": event, **plain(fields)}, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            self.broken = str(error)
+            self.close()
 
     @property
     def closed(self) -> bool:
         return self._file.closed
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # of what could not be written it tries again
+            self._file.close()
 
 
 def _new_file(folder: Path, name: str) -> IO[str]:
@@ -146,9 +156,28 @@ def _line(row: bytes, path: Path, number: int) -> dict[str, Any]:
         line = json.loads(row)
     except ValueError:
         line = None
-    if not isinstance(line, dict) or not isinstance(line.get("event"), str) or "at" not in line:
+    known = isinstance(line, dict) and isinstance(line.get("event"), str)
+    if not known or not _number(line.get("at")):
         raise ReportError(
             f"{path}: line {number} is corrupt, and it is not the last one: the file was damaged after "
             "it was written; remove that line to go on without what it told"
         )
-    return line
+    for name, kind in _NEEDED.get(line["event"], {}).items():
+        if not isinstance(line.get(name), kind):
+            raise ReportError(f"{path}: line {number} ({line['event']}) lacks {name!r}; remove that line")
+    found: dict[str, Any] = line
+    return found
+
+
+# What the events need beside the moment they are of.
+_NEEDED: dict[str, dict[str, type]] = {
+    COLLECTED: {"ids": list},
+    DESELECTED: {"reason": str, "count": int, "ids": list},
+    START: {"id": str},
+    DONE: {"test": dict},
+    CRASH: {"id": str, "worker": str},
+}
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

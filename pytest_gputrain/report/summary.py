@@ -75,10 +75,15 @@ def _failures(report: Report) -> str:
 
 
 def _checks(report: Report) -> str:
-    """A row a check, a column a case; of failures the mark alone, for their lines are above."""
-    tests = [test for test in report.tests if test.check is not None]
+    """A row a check, a column a case; of failures the mark alone, for their lines are above.
+
+    The gate of a baseline is of no case: its first line stands below.
+    """
+    tests = [test for test in report.tests if test.check is not None and test.case is not None]
+    gates = [test for test in report.tests if test.check is not None and test.case is None]
+    told = [f"\n{_MARKS[test.outcome]} {_plain(test.check)}: {_line(test.headline)}" for test in gates]
     if not tests:
-        return ""
+        return _section("Checks", *told) if told else ""
     cases = [*dict.fromkeys(_column(test) for test in tests)]
     cells: dict[str, dict[str, list[str]]] = {}
     for test in tests:
@@ -87,7 +92,7 @@ def _checks(report: Report) -> str:
     for check, found in [*cells.items()][:_MOST_ROWS]:
         texts = ["<br>".join(found.get(case, ())) for case in cases]
         rows.append(f"| {_plain(check)} | {' | '.join(texts)} |")
-    return _section("Checks", *rows, _more(len(cells), _MOST_ROWS, "checks"))
+    return _section("Checks", *rows, _more(len(cells), _MOST_ROWS, "checks"), *told)
 
 
 def _column(test: Test) -> str:

@@ -6,15 +6,16 @@ Drawn without a display. Needs matplotlib, which the extra [report] brings; ``la
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytest_gputrain.report.picture import GREY, canvas, save
+
 # Ordered as k is, and apart in grey and for colour-blind readers; without viridis' end, too light on white.
 COLOURS, LIGHTEST = "viridis", 0.85
-GREY, FAILED = "#7A7A7A", "#D55E00"
+FAILED = "#D55E00"
 MARKERS = "osD^vP*X"
 
 
@@ -40,25 +41,12 @@ class Sweep:
 
 def draw(sweep: Sweep, path: Path) -> None:
     """Write the picture, PNG or SVG by the file's suffix, whole or not at all. Raises OSError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Not pyplot: it keeps figures, and chooses a backend for the whole process.
-    figure = Figure(figsize=(11, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(11, 5)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     _by_tokens(left, sweep.curves)
     _by_k(right, sweep.curves)
     figure.suptitle(sweep.title, x=0.01, ha="left", fontsize=12)
-    if sweep.footnote:
-        figure.supxlabel(sweep.footnote, fontsize=7.5, color=GREY, x=0.01, ha="left")
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    metadata = {"Date": None} if path.suffix == ".svg" else {}  # the same picture is the same file
-    try:
-        figure.savefig(unfinished, metadata=metadata)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save(figure, path, sweep.footnote)
 
 
 def _by_tokens(axes: Any, curves: Sequence[Curve]) -> None:

@@ -5,41 +5,28 @@ Drawn without a display. Needs matplotlib, which the extra [report] brings; ``la
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pytest_gputrain.report.picture import canvas, save
 from pytest_gputrain.report.tp_report import SMALLEST, RankMemory, Report
 
-RIGHT, WRONG, GREY, LIMIT = "#0072B2", "#D55E00", "#7A7A7A", "#444444"
+RIGHT, WRONG, LIMIT = "#0072B2", "#D55E00", "#444444"
 MIB = 2**20
 MOST_NAMES = 40  # beyond, only every second, third, … layer has its name
 
 
 def draw(report: Report, path: Path) -> None:
     """Write the picture, PNG or SVG by the file's suffix, whole or not at all. Raises OSError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    # Not pyplot: it keeps figures, and chooses a backend for the whole process.
     height = 2.2 + 0.17 * max(8, min(len(report.layers), 2 * MOST_NAMES))
-    figure = Figure(figsize=(11, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(11, height)
     left, right = figure.subplots(1, 2, width_ratios=(4, 1))
     _errors(left, report)
     _memory(right, report.memory, report.whole)
     figure.suptitle(f"{report.title}, {report.ranks}", x=0.01, ha="left", fontsize=12)
     footnote = ", ".join(f"{name} {value}" for name, value in report.origin.items() if value is not None)
-    if footnote:
-        figure.supxlabel(footnote, fontsize=6.5, color=GREY, x=0.01, ha="left")
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    metadata = {"Date": None} if path.suffix == ".svg" else {}  # the same picture is the same file
-    try:
-        figure.savefig(unfinished, metadata=metadata)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    save(figure, path, footnote, fontsize=6.5)
 
 
 def _errors(axes: Any, report: Report) -> None:

@@ -5,11 +5,12 @@ Pure: takes plain records. Nothing that did not run counts as passed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pytest_gputrain.whole_files import replacing
 
 BAR_PER_DECADE = 3  # characters of the table's log bar
 SMALLEST = 1e-12  # what a gradient error of zero is drawn as
@@ -87,12 +88,8 @@ class Report:
 def write(report: Report, path: Path) -> Path:
     """Whole or not at all. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_text(report.text(), encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

@@ -12,7 +12,8 @@ from pytest_gputrain.report.earlier import SUMMARY
 from pytest_gputrain.report.gather import gather
 from pytest_gputrain.report.model import File, Report
 from pytest_gputrain.report.nights import Night
-from pytest_gputrain.report.page import Compared, Mark, write_page
+from pytest_gputrain.report.page import write_page
+from pytest_gputrain.report.page_compared import Compared, Mark
 from pytest_gputrain.report.page_nights import NightBar
 from pytest_gputrain.report.reading import REPORT
 from pytest_gputrain.report.records import FOLDER, read_records
@@ -39,7 +40,13 @@ def write_all(
     files.write_text(folder / REPORT, files.as_text(document))
     told = None if compared is None else str(compared)
     files.write_text(folder / SUMMARY, summary(report, compared=told))
-    write_page(document, folder, compared=_compared(compared), nights=[bar_of(one) for one in nights])
+    write_page(
+        document,
+        folder,
+        compared=_compared(compared),
+        nights=[bar_of(one) for one in nights],
+        earlier=compared.before if compared else (),
+    )
     return report
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.sweep import branch_log
-from pytest_gputrain.sweep.findings import Observed, Rate, notes, observed_of, rates_of, wrong
+from pytest_gputrain.sweep.findings import Observed, Rate, never_read, notes, observed_of, rates_of, wrong
 from pytest_gputrain.sweep.gpus import HIDDEN
 from pytest_gputrain.sweep.manifest import PlannedBranch, SweepError, digest
 from pytest_gputrain.sweep.metrics import Reported, read_reported
@@ -142,7 +142,7 @@ def _environment(prepared: Prepared) -> dict[str, str | None]:
 def _judged(
     prepared: Prepared, branch: PlannedBranch, result: LaunchResult, others: Sequence[Rate]
 ) -> BranchResult:
-    from pytest_gputrain.trace.rates import read_rates
+    from pytest_gputrain.trace.rates import has_opened, read_rates
 
     launched, values = prepared.launched(branch), branch.values
     reported = read_reported(prepared.metrics(branch), branch_log.printed_by_first(launched))
@@ -160,7 +160,11 @@ def _judged(
     if not result.passed:
         likely = f" (likely: {result.likely})" if result.likely else ""
         return dataclasses.replace(outcome, message=f"{result.cause}{likely}")
-    return _compared(outcome, values, observed, reported, prepared.checkpoint.rates, others)
+    outcome = _compared(outcome, values, observed, reported, prepared.checkpoint.rates, others)
+    checkpoint = prepared.checkpoint.path
+    if has_opened(result.artifacts / "rank0", checkpoint) is False:
+        return dataclasses.replace(outcome, notes=(*outcome.notes, never_read(checkpoint.name)))
+    return outcome
 
 
 def _compared(

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from pytest_gputrain.batch.accumulation import AccumulationPlan, plan_accumulation
 from pytest_gputrain.batch.ladder import whole
@@ -118,24 +119,9 @@ def plan_branches(
     sequences = asked // size // ranks * ranks
     _check_one_step(max(ks), base, size, asked)
 
-    def branch(k: int, rate: float) -> Branch:
-        plan = plan_accumulation(k * base, limit, ranks)
-        steps = -(-sequences // plan.global_batch_size)
-        left = sequences - (steps - 1) * plan.global_batch_size
-        return Branch(
-            k=k,
-            name=f"branch_k{k}",
-            plan=plan,
-            # Within the micro-batch of the other steps: a script that knows this one plans the same.
-            last_plan=plan_accumulation(left, plan.device_batch_size, ranks),
-            learning_rate=rate,
-            num_steps=steps,
-            block_size=size,
-            wandb_run_name=f"{name}-k{k}-bs{plan.global_batch_size}-lr{rate:.4g}",
-        )
-
+    branch = partial(_branch, base=base, limit=limit, ranks=ranks, sequences=sequences, size=size, name=name)
     return BranchPlan(
-        branches=tuple(branch(k, rate) for k, rate in zip(ks, rates, strict=True)),
+        branches=tuple(branch(k=k, learning_rate=rate) for k, rate in zip(ks, rates, strict=True)),
         base_name=name,
         base_batch=base,
         base_lr=float(base_lr),
@@ -145,6 +131,33 @@ def plan_branches(
         tokens_asked=asked,
         max_device_batch=limit,
         world_size=ranks,
+    )
+
+
+def _branch(
+    *,
+    k: int,
+    learning_rate: float,
+    base: int,
+    limit: int,
+    ranks: int,
+    sequences: int,
+    size: int,
+    name: str,
+) -> Branch:
+    plan = plan_accumulation(k * base, limit, ranks)
+    steps = -(-sequences // plan.global_batch_size)
+    left = sequences - (steps - 1) * plan.global_batch_size
+    return Branch(
+        k=k,
+        name=f"branch_k{k}",
+        plan=plan,
+        # Within the micro-batch of the other steps: a script that knows this one plans the same.
+        last_plan=plan_accumulation(left, plan.device_batch_size, ranks),
+        learning_rate=learning_rate,
+        num_steps=steps,
+        block_size=size,
+        wandb_run_name=f"{name}-k{k}-bs{plan.global_batch_size}-lr{learning_rate:.4g}",
     )
 
 

@@ -95,6 +95,11 @@ def notes(values: Mapping[str, Any], observed: Observed, reported: Reported) -> 
     return found
 
 
+def never_read(checkpoint: str) -> str:
+    """Of a branch whose script did not open the checkpoint: it may be read by other means than Python's."""
+    return f"{checkpoint} was not opened by the script, as far as Python tells: does it start from there?"
+
+
 def _same(one: float, other: float) -> bool:
     return abs(one - other) <= NEAR * max(abs(one), abs(other))
 

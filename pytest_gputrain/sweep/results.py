@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_gputrain.sweep.config_file import SweepError
 from pytest_gputrain.sweep.metrics import Point
+from pytest_gputrain.whole_files import replacing
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -116,12 +117,8 @@ class ResultsFile:
                 "results": [_record(entry) for entry in kept],
             }
             text = json.dumps(document, indent=2, allow_nan=False) + "\n"
-            unfinished = self.path.with_name(f".{RESULTS}.{os.getpid()}")
-            try:
+            with replacing(self.path) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
-                unfinished.replace(self.path)
-            finally:
-                unfinished.unlink(missing_ok=True)
         return kept
 
     def _is_ours(self, entry: BranchResult) -> bool:

@@ -107,12 +107,13 @@ def _shard(model: nn.Module, modules: Any, plan: dict[str, Any], mesh: DeviceMes
     from torch.distributed.tensor.parallel import parallelize_module
 
     from pytest_gputrain.tensor_parallel import ties
-    from pytest_gputrain.tensor_parallel.finish import replicate_rest, settle_gradients
+    from pytest_gputrain.tensor_parallel.finish import own_outputs, replicate_rest, settle_gradients
 
     tied = ties.find(model)
     shares = list(_shares(modules, plan))
     for name, style in plan.items():
         parallelize_module(modules[name], mesh, style)
+    own_outputs(modules[name] for name in plan)
     for share in shares:
         heads.divide(share.module, share.heads, mesh.size())
     _own_random_numbers(modules, plan, mesh)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -27,6 +28,23 @@ def replicate_rest(model: nn.Module, mesh: DeviceMesh, head_norms: Collection[nn
         parameters = list(module.parameters(recurse=False))
         if parameters and id(module) not in left and not any(isinstance(p, DTensor) for p in parameters):
             Replicated(summed=module in head_norms)._apply(module, mesh)
+
+
+def own_outputs(modules: Iterable[nn.Module]) -> None:
+    """Let each module's output be changed in place, as that of the module in one piece can be.
+
+    torch's styles hand out a view that is made in an autograd function, and autograd refuses to change one
+    (Falcon: ``mlp_output += attention_output``).
+    """
+    for module in modules:
+        module.register_forward_hook(_own)
+
+
+def _own(_: nn.Module, inputs: Any, output: Any) -> Any:
+    if not isinstance(output, Tensor) or isinstance(output, DTensor) or not output._is_view():
+        return output
+    # The same memory, no copy: nothing else reads it, as the DTensor that it is a view of is gone.
+    return torch.ops.aten._unsafe_view(output, output.shape)
 
 
 def settle_gradients(model: nn.Module) -> None:

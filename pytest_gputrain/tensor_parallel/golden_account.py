@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.tensor_parallel.golden_model import SEED, parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
-from pytest_gputrain.tensor_parallel.records import Accounting, Share, WeightRecord
+from pytest_gputrain.tensor_parallel.records import WeightRecord
+from pytest_gputrain.tensor_parallel.records_memory import Accounting, Share
 
 MOST_OVERHEAD = 0.5
 MOST_IMBALANCE = 0.25  # of the sharded part: an uneven vocabulary is a few rows
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 ALIVE_SLACK = 1 << 16  # bytes: masks, positions and other small things that a model makes
 
 
@@ -47,6 +50,7 @@ def accounting_of(pair: Pair, measured: tuple[int, ...] = ()) -> Accounting:
         pair.problem
         or pair.weights.problem
         or _judge(whole, cut, parameters)
+        or _unlike_siblings(records)
         or _judge_bytes(held, needed, measured, total_bytes)
     )
     return Accounting(
@@ -150,6 +154,24 @@ def _judge(whole: Share, cut: Share, parameters: Sequence[Share]) -> str | None:
             f"ranks are not balanced: of the {cut.total:,} sharded elements rank {most} holds "
             f"{max(cut.local):,} and rank {least} {min(cut.local):,}"
         )
+    return None
+
+
+def _unlike_siblings(records: Sequence[WeightRecord]) -> str | None:
+    """A matrix that is whole on every rank in one layer, and cut in most that have one of its shape."""
+    alike: dict[tuple[str, tuple[int, ...]], list[WeightRecord]] = {}
+    for record in records:
+        if len(record.shape) > 1 and (stem := _NUMBER.sub("#", record.name)) != record.name:
+            alike.setdefault((stem, record.shape), []).append(record)
+    for siblings in alike.values():
+        whole = [one for one in siblings if one.kind == "replicated"]
+        cut = len(siblings) - len(whole)
+        if whole and cut > max(1, len(siblings) // 2):
+            more = f", and {len(whole) - 1} more like it," if len(whole) > 1 else ""
+            return (
+                f"{whole[0].name}{more} is whole on every rank, and cut in the {cut} other layers that have "
+                "one: does the plan leave it out?"
+            )
     return None
 
 

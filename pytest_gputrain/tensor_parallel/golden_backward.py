@@ -7,30 +7,46 @@ a rank's part: forward, logits and loss are right in all of these.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.tensor_parallel.golden_blame import blame, depart_forward
+from pytest_gputrain.tensor_parallel.golden_borders import Borders
 from pytest_gputrain.tensor_parallel.golden_communication import against_plan
 from pytest_gputrain.tensor_parallel.golden_forward import departing, judge
 from pytest_gputrain.tensor_parallel.golden_gradients import Gradients, compare_gradients
-from pytest_gputrain.tensor_parallel.golden_inputs import SHAPES, inputs
+from pytest_gputrain.tensor_parallel.golden_inputs import SHAPES, inputs, shape_of
 from pytest_gputrain.tensor_parallel.golden_last_digit import without_rounding
 from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError, parameters_of
+from pytest_gputrain.tensor_parallel.golden_outputs import Answer
+from pytest_gputrain.tensor_parallel.golden_padding import padding_problem
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.golden_rounding import gradient_rounding
-from pytest_gputrain.tensor_parallel.golden_sequence import leaves_over, sequence_is_cut
+from pytest_gputrain.tensor_parallel.golden_sequence import left_out
 from pytest_gputrain.tensor_parallel.golden_step import compare_step
 from pytest_gputrain.tensor_parallel.golden_vacuity import replica_findings
-from pytest_gputrain.tensor_parallel.records import (
+from pytest_gputrain.tensor_parallel.records import InputRecord
+from pytest_gputrain.tensor_parallel.records_backward import (
     BackwardRecord,
     CommunicationRecord,
     GradientRecord,
-    InputRecord,
+    LayerRecord,
 )
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One batch: outputs, gradients, and the layer at fault. problem: None where all is right."""
+
+    forward: InputRecord
+    records: list[GradientRecord]
+    layers: list[LayerRecord]
+    layer: str | None
+    cause: str
+    problem: str | None
 
 
 def compare_backward(
@@ -39,51 +55,65 @@ def compare_backward(
     """Run on every rank of ``mesh``; returns the same record on all.
 
     The loss of one batch of the case's own length, and ``backward()``; then of one more of another shape,
-    told only where it is wrong. Raises ComparisonError where nothing can be compared, and what the case's own
-    code raises.
+    with tokens at the borders of the vocabulary's parts, told only where it is wrong. Raises ComparisonError
+    where nothing can be compared, and what the case's own code raises.
     """
     pair = Pair(case, mesh, seed=seed)
     batch = pair.reference_batch(batch_size)
     order = _arrivals(pair.reference)
-    golden = pair.ask_reference(batch, gradients=True)
-    wanted = Gradients.of(pair.reference, order)
+    golden, wanted = _ask_reference(pair, batch, order)
     if not wanted.total:
         raise ComparisonError(
             "the reference's gradients are all zero or missing, so that nothing can be compared"
         )
-    wanted = replace(wanted, rounding=gradient_rounding(pair, batch))
     pair.parallelize()
-    answer = pair.ask_parallel(batch, gradients=True)
-    forward = judge(pair, batch, golden, answer)
-    records = without_rounding(pair, batch, wanted, compare_gradients(pair, wanted))
-    layers, layer, cause = blame(pair, batch, records)
-    if layer is not None and case.has_own_step and not forward.problem:
-        records = _after_own_step(pair, batch, records)
-        if not any(record.problem for record in records):
-            layers, layer, cause = [], None, ""
-    problem = pair.problem or pair.weights.problem
-    if problem is None and forward.problem:
-        layer, cause = depart_forward(pair, batch)
-        problem = f"{forward.problem}{departing(layer, cause)}"
-    problem = problem or _problem(records, forward, layer, cause)
+    first = _compare(pair, batch, golden, wanted)
+    problem = pair.problem or pair.weights.problem or first.problem or _of_padding(pair, batch, wanted)
     counted, problem = _with_collectives(pair, batch, problem)
-    del wanted, golden, answer  # as large as the model; the next ones take their place
+    del wanted, golden  # as large as the model; the next ones take their place
     # Replicas last: where the case has a step of its own, it moves weights.
     problem = problem or _other_shape(pair, order) or _of_replicas(pair, batch)
     return BackwardRecord(
         world_size=pair.world.size,
-        forward=forward,
-        gradients=tuple(records),
+        forward=first.forward,
+        gradients=tuple(first.records),
         weights=tuple(pair.weights.records),
-        layers=tuple(layers),
-        not_compared=tuple(_not_compared(pair, records)),
-        first_layer=layer,
-        first_cause=cause,
+        layers=tuple(first.layers),
+        not_compared=tuple(_not_compared(pair, first.records)),
+        first_layer=first.layer,
+        first_cause=first.cause,
         communication=counted,
         simulated=pair.world.simulated,
         problem=problem,
         notes=tuple(pair.notes),
     )
+
+
+def _ask_reference(pair: Pair, batch: Any, order: list[str]) -> tuple[Answer, Gradients]:
+    """What it answers, and its gradients; they are those of this batch alone."""
+    pair.reference.zero_grad(set_to_none=True)
+    golden = pair.ask_reference(batch, gradients=True)
+    wanted = Gradients.of(pair.reference, order)
+    if wanted.total:
+        wanted = replace(wanted, rounding=gradient_rounding(pair, batch))
+    return golden, wanted
+
+
+def _compare(pair: Pair, batch: Any, golden: Answer, wanted: Gradients) -> _Compared:
+    """The parallel model beside what the reference answered; collective."""
+    pair.parallel.zero_grad(set_to_none=True)
+    forward = judge(pair, batch, golden, pair.ask_parallel(batch, gradients=True))
+    records = without_rounding(pair, batch, wanted, compare_gradients(pair, wanted))
+    layers, layer, cause = blame(pair, batch, records)
+    if layer is not None and pair.case.has_own_step and not forward.problem:
+        records = _after_own_step(pair, batch, records)
+        if not any(record.problem for record in records):
+            layers, layer, cause = [], None, ""
+    problem = _problem(records, forward, layer, cause)
+    if forward.problem and not (pair.problem or pair.weights.problem):
+        layer, cause = depart_forward(pair, batch)
+        problem = departing(forward.problem, layer, cause)
+    return _Compared(forward, records, layers, layer, cause, problem)
 
 
 def _with_collectives(pair: Pair, batch: Any, problem: str | None) -> tuple[CommunicationRecord, str | None]:
@@ -94,6 +124,14 @@ def _with_collectives(pair: Pair, batch: Any, problem: str | None) -> tuple[Comm
     return counted, "\n  ".join([problem, *told[:1]]) if problem else counted.problem
 
 
+def _of_padding(pair: Pair, batch: Any, wanted: Gradients) -> str | None:
+    if not any(record.padding for record in pair.weights.records):
+        return None
+    pair.parallel.zero_grad(set_to_none=True)
+    pair.ask_parallel(batch, gradients=True)
+    return padding_problem(pair, wanted.total)
+
+
 def _of_replicas(pair: Pair, batch: Any) -> str | None:
     """What is wrong with gradients of parameters that every rank holds whole."""
     differing = replica_findings(pair, batch)
@@ -102,39 +140,42 @@ def _of_replicas(pair: Pair, batch: Any) -> str | None:
 
 
 def _other_shape(pair: Pair, order: list[str]) -> str | None:
-    """What is wrong with gradients of the first of other inputs that reference and plan take; collective.
+    """What is wrong with the first of other inputs that reference and plan take; collective.
 
-    The reference is asked after ``parallelize`` here, which was found to have left it as it was.
+    Its tokens are those at the borders of the vocabulary's parts, which other batches seldom have. The
+    reference is asked after ``parallelize`` here, which was found to have left it as it was.
     """
     batch = next(iter(_other_batches(pair)), None)
     if batch is None:
         return None
     pair.expect_same([batch])
-    pair.reference.zero_grad(set_to_none=True)
-    golden = pair.ask_reference(batch, gradients=True)
-    wanted = Gradients.of(pair.reference, order)
-    if pair.problem or not wanted.total:
+    if pair.problem:
         return pair.problem
-    wanted = replace(wanted, rounding=gradient_rounding(pair, batch))
-    pair.parallel.zero_grad(set_to_none=True)
-    forward = judge(pair, batch, golden, pair.ask_parallel(batch, gradients=True))
-    records = without_rounding(pair, batch, wanted, compare_gradients(pair, wanted))
-    if any(record.problem for record in records) and pair.case.has_own_step and not forward.problem:
-        records = _after_own_step(pair, batch, records)
-    layer = next((record.layer for record in records if record.problem), None)
-    problem = forward.problem or _problem(records, forward, layer, "")
-    return problem and f"for an input of {forward.input_shape}, unlike the first one: {problem}"
+    borders = Borders(pair)
+    with borders:
+        problem = _problem_of(pair, batch, order)
+    if problem and borders.rows:
+        plainly = _problem_of(pair, batch, order)
+        if plainly is None:
+            return borders.tell(problem) if borders.replaced() else None
+        problem = plainly
+    return problem and f"for an input of {shape_of(batch)}, unlike the first one: {problem}"
+
+
+def _problem_of(pair: Pair, batch: Any, order: list[str]) -> str | None:
+    golden, wanted = _ask_reference(pair, batch, order)
+    return _compare(pair, batch, golden, wanted).problem if wanted.total else None
 
 
 def _other_batches(pair: Pair) -> Iterator[Any]:
-    """Those of the forward's shapes that the reference takes and whose sequence the ranks divide."""
+    """Those of the forward's shapes that the reference takes and that the ranks divide, or get through."""
     divides = [(rows, length) for rows, length in SHAPES if not length % pair.world.size]
     for batch, _ in inputs(pair.case, [*SHAPES[:1], *divides], pair.device, pair.seed):
         try:
             pair.ask_reference(batch)
         except Exception:
             continue
-        if not (sequence_is_cut(pair, [batch]) and leaves_over(pair, batch)):
+        if not any(left_out(pair, [batch], gradients=True)):
             yield batch
 
 
@@ -176,11 +217,11 @@ def _problem(
     off = forward.difference.largest if forward.difference else 0.0
     loss_off = max(abs(loss - forward.golden_loss) for loss in forward.losses)
     what = "logits" if forward.output.startswith("logits") else "outputs"
-    before = f"{what} agree ({off:.0e}), loss agrees ({loss_off:.0e}), but "
-    where = layer or first.layer
-    more = f" ({len(wrong)} of {len(records)} gradients are wrong)"
-    why = f" ({cause})" if cause else ""
-    lines = [f"{before}{first.problem}{more}", f"  first layer to depart, going backward: {where}{why}"]
+    lines = [
+        departing(first.problem or "", layer or first.layer, cause, "backward"),
+        f"  {len(wrong)} of {len(records)} gradients are wrong; {what} agree ({off:.0e}), loss agrees "
+        f"({loss_off:.0e})",
+    ]
     if first.difference is not None:
         lines.append(f"  {first.difference}")
     return "\n".join(lines)

@@ -8,86 +8,20 @@ over all users of a tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.tensor_parallel import golden_difference as apart
-from pytest_gputrain.tensor_parallel.golden_outputs import ask
+from pytest_gputrain.tensor_parallel.golden_gather import assemble
 from pytest_gputrain.tensor_parallel.golden_reasons import explain
-from pytest_gputrain.tensor_parallel.records import GradientRecord, LayerRecord
-from pytest_gputrain.trace.names import canonical_name
+from pytest_gputrain.tensor_parallel.golden_watch import Watch, module_of, watched
+from pytest_gputrain.tensor_parallel.records_backward import GradientRecord, LayerRecord
 
 if TYPE_CHECKING:
     from pytest_gputrain.tensor_parallel.golden_pair import Pair
 
 Blame = tuple[list[LayerRecord], str | None, str]
-
-
-class _Watch:
-    """Every leaf module's first output, and its gradient and that of its first input, by name.
-
-    The first call of each counts.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.order: list[str] = []
-        self.inputs: dict[str, Any] = {}
-        self.outputs: dict[str, Any] = {}
-        self.values: dict[str, Any] = {}
-        self._handles: list[Any] = []
-        for name, module in model.named_modules():
-            if name and not any(True for _ in module.children()):
-                self._watch(canonical_name(name), module)
-
-    def _watch(self, name: str, module: nn.Module) -> None:
-        def before(module: Any, args: tuple[Any, ...]) -> Any:
-            if name in self.order or not args or not _tracked(args[0]):
-                return None
-            own = args[0].view_as(args[0])
-            own.register_hook(_keep(self.inputs, name))
-            return (own, *args[1:])
-
-        def after(module: Any, args: Any, output: Any) -> None:
-            if name not in self.order:
-                self.order.append(name)
-                if isinstance(output, torch.Tensor) and output.is_floating_point():
-                    self.values[name] = output.detach()
-                if _tracked(output):
-                    output.register_hook(_keep(self.outputs, name))
-
-        # Before a plan's own hooks: the input as it comes, the output as it goes.
-        self._handles.append(module.register_forward_pre_hook(before, prepend=True))
-        self._handles.append(module.register_forward_hook(after))
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
-def _keep(into: dict[str, Any], name: str) -> Callable[[Any], None]:
-    def hook(gradient: Any) -> None:
-        into.setdefault(name, gradient.detach())
-
-    return hook
-
-
-def _tracked(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _watched(case: TrainingCase, model: nn.Module, batch: Any, seed: int) -> _Watch:
-    watch = _Watch(model)
-    model.zero_grad(set_to_none=True)
-    try:
-        ask(case, model, batch, seed, gradients=True)
-    finally:
-        watch.remove()
-        model.zero_grad(set_to_none=True)
-    return watch
 
 
 def blame(pair: Pair, batch: Any, records: list[GradientRecord]) -> Blame:
@@ -97,20 +31,42 @@ def blame(pair: Pair, batch: Any, records: list[GradientRecord]) -> Blame:
         return [], None, ""
     if pair.weights.problem or pair.problem:
         return [], wrong.layer, wrong.cause
-    layers = _layers(pair, batch)
-    index = next((i for i, layer in enumerate(layers) if layer.name == wrong.layer), None)
-    if index is None or _right(layers[index].output_gradient, wrong):
+    watches = _watch_both(pair, batch)
+    if watches is None:
+        return [], wrong.layer, wrong.cause
+    golden, parallel = watches
+    layers = _layers(pair, golden, parallel)
+    calls = [i for i, layer in enumerate(layers) if module_of(layer.name) == wrong.layer]
+    if not calls or all(_right(layers[i].output_gradient, wrong) for i in calls):
         return layers, wrong.layer, wrong.cause
-    # From the first wrong parameter towards the output, over what is unknown, up to what is right.
-    guilty = None
-    for layer in reversed(layers[:index]):
-        if layer.input_gradient is not None and not _right(layer.input_gradient, wrong):
-            guilty = layer
-        if _right(layer.output_gradient, wrong) or _right(layer.input_gradient, wrong):
-            break
+    # The first one, going backward, that is known to be sent a wrong gradient; else the first, going forward.
+    at = next((i for i in calls if _wrong(layers[i].output_gradient, wrong)), calls[-1])
+    name = layers[at].name
+    guilty = _sender(name, wrong, _behind(golden, name, layers[:at]), golden)
     if guilty is None:
         return layers, wrong.layer, wrong.cause
     return layers, guilty.name, guilty.cause or wrong.cause
+
+
+def _behind(golden: Watch, name: str, layers: list[LayerRecord]) -> list[LayerRecord]:
+    """Those that depend on its output, in forward's order; all where that cannot be said."""
+    behind = golden.behind(name)
+    return [layer for layer in reversed(layers) if layer.name in behind or not behind]
+
+
+def _sender(name: str, wrong: GradientRecord, behind: list[LayerRecord], golden: Watch) -> LayerRecord | None:
+    """The layer that sends the wrong gradient back to that one; None where it is its own."""
+    # Of several that read its output (branches), the one that is known to.
+    readers = [i for i, layer in enumerate(behind) if golden.reads.get(layer.name) == name]
+    first = next((i for i in readers if _wrong(behind[i].input_gradient, wrong)), None)
+    guilty = None if first is None else behind[first]
+    # From the first wrong parameter towards the output, over what is unknown, up to what is right.
+    for layer in behind[0 if first is None else first + 1 :]:
+        if _wrong(layer.input_gradient, wrong):
+            guilty = layer
+        if _right(layer.output_gradient, wrong) or _right(layer.input_gradient, wrong):
+            break
+    return guilty
 
 
 def depart_forward(pair: Pair, batch: Any) -> tuple[str | None, str]:
@@ -131,7 +87,7 @@ def depart_forward(pair: Pair, batch: Any) -> tuple[str | None, str]:
 
 def _bias_again(pair: Pair, name: str, wanted: Any, got: Any) -> str:
     """Whether what is too much is the layer's bias, once more or several times; collective."""
-    bias = getattr(pair.reference.get_submodule(name), "bias", None)
+    bias = getattr(pair.reference.get_submodule(module_of(name)), "bias", None)
     pieces = pair.world.whole(got)
     times: dict[int, float | None] = dict.fromkeys(pieces)
     if isinstance(bias, torch.Tensor) and bias.dim() == 1 and wanted.shape[-1] == bias.numel():
@@ -151,42 +107,52 @@ def _right(relative: float | None, record: GradientRecord) -> bool:
     return relative is not None and relative <= 10 * record.tolerance
 
 
-def _watch_both(pair: Pair, batch: Any) -> tuple[_Watch, _Watch] | None:
+def _wrong(relative: float | None, record: GradientRecord) -> bool:
+    return relative is not None and not _right(relative, record)
+
+
+def _watch_both(pair: Pair, batch: Any) -> tuple[Watch, Watch] | None:
     try:
         with pair.world.alone():
-            golden = _watched(pair.case, pair.reference, batch, pair.seed)
+            golden = watched(pair.case, pair.reference, batch, pair.seed)
         with pair.world.acting():
-            parallel = _watched(pair.case, pair.parallel, batch, pair.seed)
+            parallel = watched(pair.case, pair.parallel, batch, pair.seed)
     except Exception as error:  # a module that does not bear to be watched: the answer is less precise
         pair.notes.append(f"layers could not be watched: {type(error).__name__}: {error!s:.80}")
         return None
     return golden, parallel
 
 
-def _layers(pair: Pair, batch: Any) -> list[LayerRecord]:
-    watches = _watch_both(pair, batch)
-    if watches is None:
-        return []
-    golden, parallel = watches
+def _layers(pair: Pair, golden: Watch, parallel: Watch) -> list[LayerRecord]:
     known = {name for name in golden.order if name in parallel.order}
     return [_layer(pair, name, golden, parallel) for name in reversed(golden.order) if name in known]
 
 
-def _layer(pair: Pair, name: str, golden: _Watch, parallel: _Watch) -> LayerRecord:
-    output, _ = _compare(pair, golden.outputs.get(name), parallel.outputs.get(name), "output gradient")
-    entry, cause = _compare(pair, golden.inputs.get(name), parallel.inputs.get(name), "input gradient")
+def _layer(pair: Pair, name: str, golden: Watch, parallel: Watch) -> LayerRecord:
+    def beside(of: str, values: str, what: str) -> tuple[float | None, str]:
+        wanted, got = (getattr(one, of).get(name) for one in (golden, parallel))
+        alike = (getattr(one, values).get(name) for one in (golden, parallel))
+        return _compare(pair, wanted, got, what, tuple(alike))
+
+    output, _ = beside("outputs", "values", "output gradient")
+    entry, cause = beside("inputs", "entries", "input gradient")
     return LayerRecord(name, output, entry, cause)
 
 
-def _compare(pair: Pair, wanted: Any, got: Any, what: str) -> tuple[float | None, str]:
-    """The worst rank's relative error and why; None where it cannot be said. Collective."""
+def _compare(
+    pair: Pair, wanted: Any, got: Any, what: str, values: tuple[Any, Any] | None = None
+) -> tuple[float | None, str]:
+    """The worst rank's relative error and why; None where it cannot be said. Collective.
+
+    values: what these are the gradients of. Where ranks have parts, they are joined as those parts make the
+    reference's, if they do.
+    """
     world = pair.world
     here = got is not None and wanted is not None
     if not all(world.merged(dict.fromkeys(world.held, here))):
         return None, ""
-    pieces = world.whole(got)
-    fits = world.merged({rank: piece.shape == wanted.shape for rank, piece in pieces.items()})
-    if not all(fits):
+    pieces = _in_one_piece(pair, wanted, got, values)
+    if pieces is None:
         return None, ""
     off = world.merged({r: apart.difference(wanted, piece).relative for r, piece in pieces.items()})
     cause = ""
@@ -194,3 +160,31 @@ def _compare(pair: Pair, wanted: Any, got: Any, what: str) -> tuple[float | None
         own = {rank: (wanted, piece) for rank, piece in pieces.items()}
         cause = explain(own, world, replicated=True, what=what)
     return max(off), cause
+
+
+def _in_one_piece(
+    pair: Pair, wanted: Any, got: Any, values: tuple[Any, Any] | None
+) -> dict[int, torch.Tensor] | None:
+    """What ranks have, of the shape that is wanted; None where that cannot be. Collective."""
+    pieces = pair.world.whole(got)
+    if _all(pair, {rank: piece.shape == wanted.shape for rank, piece in pieces.items()}):
+        return pieces
+    value, own = values or (None, None)
+    known = _all(pair, dict.fromkeys(pieces, own is not None and value is not None))
+    if not known or value is None:
+        return None
+    joined = assemble(own, tuple(wanted.shape), pair.world, pair.mesh).tensors
+    allowed = 10 * apart.tolerance(apart.GRADIENT_TOLERANCE, wanted.dtype)
+    same = {
+        rank: one.shape == wanted.shape and apart.difference(value, one).relative <= allowed
+        for rank, one in joined.items()
+    }
+    if not _all(pair, same):
+        return None
+    pieces = assemble(got, tuple(wanted.shape), pair.world, pair.mesh).tensors
+    fits = _all(pair, {rank: piece.shape == wanted.shape for rank, piece in pieces.items()})
+    return pieces if fits else None
+
+
+def _all(pair: Pair, by_rank: dict[int, bool]) -> bool:
+    return all(pair.world.merged(by_rank))

@@ -17,7 +17,7 @@ from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.tensor_parallel.golden_model import SEED, build
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.golden_world import is_dtensor
-from pytest_gputrain.tensor_parallel.records import CheckpointRecord
+from pytest_gputrain.tensor_parallel.records_training import CheckpointRecord
 from pytest_gputrain.trace.names import canonical_name
 
 State = dict[str, Any]

@@ -20,7 +20,7 @@ from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError
 from pytest_gputrain.tensor_parallel.golden_outputs import Answer
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.golden_rounding import output_rounding
-from pytest_gputrain.tensor_parallel.golden_sequence import leaves_over, sequence_is_cut
+from pytest_gputrain.tensor_parallel.golden_sequence import leaves_over, left_out
 from pytest_gputrain.tensor_parallel.records import Difference, ForwardRecord, InputRecord
 
 
@@ -37,9 +37,9 @@ def compare_forward(
     pair.expect_same([batch for batch, _ in asked])
     pair.parallelize()
     records, compared = [], []
-    cut = sequence_is_cut(pair, [batch for batch, _ in asked])
-    for batch, golden in asked:
-        answer = None if cut and leaves_over(pair, batch) else _ask_parallel(pair, batch)
+    left = left_out(pair, [batch for batch, _ in asked])
+    for (batch, golden), out in zip(asked, left, strict=True):
+        answer = None if out else _ask_parallel(pair, batch)
         if answer is not None:
             records.append(judge(pair, batch, golden, answer))
             compared.append(batch)
@@ -47,7 +47,7 @@ def compare_forward(
     wrong = next((index for index, record in enumerate(records) if record.problem), None)
     if problem is None and wrong is not None:
         layer, cause = depart_forward(pair, compared[wrong])
-        problem = f"{records[wrong].problem}{departing(layer, cause)}"
+        problem = departing(records[wrong].problem or "", layer, cause)
     return ForwardRecord(
         world_size=pair.world.size,
         inputs=tuple(records),
@@ -60,10 +60,12 @@ def compare_forward(
     )
 
 
-def departing(layer: str | None, cause: str) -> str:
-    """The line of a message that names the first wrong layer, with its line break; "" where none is known."""
+def departing(problem: str, layer: str | None, cause: str, way: str = "forward") -> str:
+    """The message with the first wrong layer, where one is known, in its first line."""
+    first, newline, rest = problem.partition("\n")
     why = f" ({cause})" if cause else ""
-    return f"\n  first layer to depart, going forward: {layer}{why}" if layer else ""
+    where = f"; first layer to depart, going {way}: {layer}{why}" if layer else ""
+    return f"{first}{where}{newline}{rest}"
 
 
 def _ask_reference(pair: Pair, shapes: Sequence[tuple[int, int]]) -> list[tuple[Any, Answer]]:
@@ -211,8 +213,8 @@ def _with_problem(record: InputRecord, wrong: bool, base: dict[str, Any]) -> Inp
         problem = f"{of} have {record.nonfinite[1]} NaN or Inf, the reference's {record.nonfinite[0]}"
     elif wrong and record.difference is not None:
         problem = (
-            f"{of} are off by {record.difference.largest:.3g}, allowed {record.tolerance:.3g}. "
-            f"{record.difference}"
+            f"{of} are off by {record.difference.largest:.3g}\n"
+            f"  allowed {record.tolerance:.3g}. {record.difference}"
         )
     return replace(record, problem=problem or _loss_problem(base))
 

@@ -68,6 +68,8 @@ def groups(mesh: Any, rank: int) -> list[list[int]]:
 
 def _fits(shapes: list[Shape], group: list[int], wanted: Shape, dim: int) -> bool:
     ends = list(itertools.accumulate(shapes[rank][dim] for rank in group))
+    if dim < len(wanted) - 1:  # padding is only known at the end of a vocabulary
+        return ends[-1] == wanted[dim]
     return ends[-1] >= wanted[dim] > (ends[-2] if len(ends) > 1 else 0)
 
 

@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 from pytest_gputrain.tensor_parallel import golden_difference as apart
-from pytest_gputrain.tensor_parallel.golden_layout import Layout
+from pytest_gputrain.tensor_parallel.golden_factor import factor
 from pytest_gputrain.tensor_parallel.golden_model import parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
+from pytest_gputrain.tensor_parallel.golden_pieces import KINKS, elsewhere, in_source, parts, square
 from pytest_gputrain.tensor_parallel.golden_reasons import reason
 from pytest_gputrain.tensor_parallel.golden_rounding import FACTOR
-from pytest_gputrain.tensor_parallel.golden_weights import Held
-from pytest_gputrain.tensor_parallel.records import Difference, GradientRecord
+from pytest_gputrain.tensor_parallel.records import Difference
+from pytest_gputrain.tensor_parallel.records_backward import GradientRecord
 from pytest_gputrain.trace.names import owners
 
 Given = dict[str, Any]
-# One unit of a large layer that is on in one model and off in the other makes more than the tolerance of
-# one row of a gradient. A row that is wrong altogether makes much more.
-KINKS, KINK = 2, 10.0
+KINK = 10.0  # a row that is wrong altogether makes more than so many times the tolerance
+FACTOR_OF_ONE = 1e-4  # no further off than this, a gradient is the right one
 _MOST_EXPLAINED = 8  # wrong parameters that are gathered to say why; the first ones say it
 
 
@@ -55,13 +55,14 @@ class Gradients:
 class _Seen:
     """What one rank has of one gradient: error by the reference's norm, and where it is largest.
 
-    elsewhere: the error without the few rows, or columns, where it is largest.
+    elsewhere: the error without the few rows, or columns, where it is largest. factor: see `golden_factor`.
     """
 
     relative: float
     difference: Difference | None
     absolute: float
     elsewhere: float
+    factor: float | None
 
 
 def compare_gradients(pair: Pair, wanted: Gradients, given: Given | None = None) -> list[GradientRecord]:
@@ -107,29 +108,6 @@ def parallel_gradients(pair: Pair, given: Given | None = None) -> dict[int, dict
     return got
 
 
-def parts(
-    pair: Pair, name: str, golden: torch.Tensor, got: Mapping[str, Any], rank: int
-) -> list[tuple[torch.Tensor, torch.Tensor, Layout, int, int]]:
-    """(wanted, found, layout, start in the source, start of the found) of each piece that a rank has."""
-    pieces = []
-    for holder in pair.weights.holders(name):
-        held: Held = pair.weights.held[holder][rank]
-        if held.layout is None or got.get(holder) is None:
-            continue
-        grad = got[holder]
-        for segment in held.layout.segments:
-            if segment.source != name:
-                continue
-            source = golden.t() if held.layout.transposed else golden
-            if not source.dim():
-                pieces.append((source, grad, held.layout, 0, 0))
-                continue
-            at = (held.layout.dim, segment.source_start, segment.length)
-            found = grad.narrow(held.layout.dim, segment.start, segment.length)
-            pieces.append((source.narrow(*at), found, held.layout, segment.source_start, segment.start))
-    return pieces
-
-
 def _compare(
     pair: Pair, name: str, wanted: Gradients, size: float, got: Mapping[str, Any], rank: int
 ) -> _Seen:
@@ -137,45 +115,21 @@ def _compare(
     if golden is None:
         golden = torch.zeros_like(parameters_of(pair.reference)[name])
     found = parts(pair, name, golden, got, rank)
-    squares, elsewhere, largest = 0.0, 0.0, None
+    squares, rest, largest = 0.0, 0.0, None
     for one, other, layout, start, _ in found:
         difference = apart.difference(one, other.to(one.device), rank)
-        squares += _square(one, other)
+        squares += square(one, other)
         if difference.relative > 0:
-            elsewhere += _elsewhere(one, other)
+            rest += elsewhere(one, other)
         if largest is None or difference.largest > largest.largest:
-            largest = replace(difference, index=_in_source(difference.index, layout, start))
+            largest = replace(difference, index=in_source(difference.index, layout, start))
     absolute = squares**0.5
     if not found:  # nothing of it here, or no gradient: as good as zero
         absolute = size if any(got.get(h) is None for h in pair.weights.holders(name)) else 0.0
     relative = absolute / size if size else (0.0 if not absolute else float("inf"))
-    return _Seen(relative, largest, absolute, elsewhere**0.5 if found else absolute)
-
-
-def _square(one: torch.Tensor, other: torch.Tensor) -> float:
-    wide = torch.float64 if one.dtype == torch.float64 else torch.float32
-    delta = other.detach().to(one.device, wide) - one.to(wide)
-    value = apart.norm(delta)
-    return value * value if value == value else float("inf")
-
-
-def _elsewhere(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The square of the difference's norm without the rows, or columns, where it is largest."""
-    squares = (other.detach().to(one.device, torch.float32) - one.float()).square()
-    least = float("inf")
-    for dim in range(min(2, squares.dim())):
-        lines = squares.movedim(dim, 0).reshape(squares.shape[dim], -1).sum(1)
-        kept = lines.numel() - min(KINKS, lines.numel())
-        least = min(least, float(lines.sort().values[:kept].sum()))
-    return least if least == least and squares.dim() else float("inf")
-
-
-def _in_source(index: tuple[int, ...], layout: Layout, start: int) -> tuple[int, ...]:
-    """The place in the reference's parameter of a place in one piece of it."""
-    if not index:
-        return index
-    moved = [i + (start if dim == layout.dim else 0) for dim, i in enumerate(index)]
-    return tuple(reversed(moved)) if layout.transposed else tuple(moved)
+    # Looked for only where it is more than rounding: it costs another pass.
+    by = 1.0 if relative <= FACTOR_OF_ONE else factor((one, other) for one, other, *_ in found)
+    return _Seen(relative, largest, absolute, rest**0.5 if found else absolute, by)
 
 
 def _record(
@@ -219,6 +173,7 @@ def _record(
         difference=worst.difference,
         negligible=negligible,
         problem=problem,
+        factors=tuple(one.factor for one in seen),
     )
 
 

@@ -16,7 +16,7 @@ from pytest_gputrain.tensor_parallel import golden_difference as apart
 from pytest_gputrain.tensor_parallel.golden_model import parameters_of
 from pytest_gputrain.tensor_parallel.golden_outputs import ask
 from pytest_gputrain.tensor_parallel.golden_rounding import FACTOR, MOST
-from pytest_gputrain.tensor_parallel.records import GradientRecord
+from pytest_gputrain.tensor_parallel.records_backward import GradientRecord
 
 if TYPE_CHECKING:
     from pytest_gputrain.tensor_parallel.golden_gradients import Gradients
@@ -81,6 +81,34 @@ def change_last_digits(parameters: Iterable[torch.Tensor], seed: int) -> None:
             if parameter.is_floating_point():
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
                 parameter.add_(parameter * (torch.finfo(parameter.dtype).eps * noise).to(parameter.dtype))
+
+
+class LastDigits:
+    """Weights that are other ones in their last digit while gradients are taken of them.
+
+    changed: whether they are now.
+    """
+
+    def __init__(self, parameters: Sequence[torch.Tensor], seed: int) -> None:
+        self._parameters, self._seed = parameters, seed
+        self._kept: list[torch.Tensor] = []
+
+    @property
+    def changed(self) -> bool:
+        return bool(self._kept)
+
+    def change(self) -> None:
+        """In another way each time. Not while they are changed already."""
+        if not self._kept:
+            self._kept = [parameter.detach().clone() for parameter in self._parameters]
+            self._seed += 1
+            change_last_digits(self._parameters, self._seed)
+
+    def put_back(self) -> None:
+        with torch.no_grad():
+            for parameter, kept in zip(self._parameters, self._kept, strict=False):
+                parameter.copy_(kept)
+        self._kept = []
 
 
 def _both(pair: tuple[Any, Any]) -> bool:

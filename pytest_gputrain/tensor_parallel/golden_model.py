@@ -87,10 +87,11 @@ def copy_weights(source: nn.Module, target: nn.Module) -> None:
 def storages(model: nn.Module) -> set[int]:
     """The addresses of the memory behind parameters and buffers, empty ones apart."""
     tensors = [*model.parameters(), *model.buffers()]
-    return {address for tensor in tensors if (address := _address(tensor))}
+    return {address for tensor in tensors if (address := address_of(tensor))}
 
 
-def _address(tensor: Any) -> int:
+def address_of(tensor: Any) -> int:
+    """Where the storage of a tensor, or of a DTensor's part, begins; 0 where that cannot be said."""
     inner = getattr(tensor, "_local_tensor", tensor)
     try:
         return int(inner.untyped_storage().data_ptr())

@@ -17,6 +17,7 @@ from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.tensor_parallel import golden_difference as apart
 from pytest_gputrain.tensor_parallel.apply import apply
 from pytest_gputrain.tensor_parallel.golden_inputs import draw
+from pytest_gputrain.tensor_parallel.golden_likely import tell
 from pytest_gputrain.tensor_parallel.golden_model import (
     SEED,
     ComparisonError,
@@ -47,7 +48,7 @@ class Pair:
 
     def __init__(self, case: TrainingCase, mesh: Any, *, seed: int = SEED) -> None:
         if case.parallelize is None:
-            raise ComparisonError("no tensor-parallel plan given")
+            raise ComparisonError("no tensor-parallel plan given: TrainingCase(parallelize=...)")
         self.case, self.mesh, self.seed = case, mesh, seed
         self.device = device_of(mesh)
         self.world: World = world_of(mesh)
@@ -88,8 +89,12 @@ class Pair:
             return ask(self.case, self.reference, batch, self.seed, gradients=gradients)
 
     def ask_parallel(self, batch: Any, *, gradients: bool = False) -> Answer:
-        with self.world.acting():
-            return ask(self.case, self.parallel, batch, self.seed, gradients=gradients)
+        try:
+            with self.world.acting():
+                return ask(self.case, self.parallel, batch, self.seed, gradients=gradients)
+        except RuntimeError as error:
+            tell(error, self.reference, self.world.size)
+            raise
 
     def parallelize(self) -> nn.Module:
         """The parallel model, of the reference's weights at the moment of the call."""

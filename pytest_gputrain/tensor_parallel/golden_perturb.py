@@ -7,12 +7,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytest_gputrain.case import pytree
 from pytest_gputrain.tensor_parallel import golden_difference as apart
 from pytest_gputrain.tensor_parallel.golden_gather import groups
-from pytest_gputrain.tensor_parallel.golden_gradients import parts
-from pytest_gputrain.tensor_parallel.golden_model import parameters_of
+from pytest_gputrain.tensor_parallel.golden_model import address_of, parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
+from pytest_gputrain.tensor_parallel.golden_pieces import parts
+from pytest_gputrain.tensor_parallel.golden_world import is_dtensor_class
 from pytest_gputrain.tensor_parallel.records import Finding
 
 MOST_SINGLE = 12  # parameters changed alone, one of each kind: that of block 0 stands for all blocks
@@ -20,7 +23,9 @@ AMOUNT = 0.5  # of a shard's own size
 
 
 def unused_shards(pair: Pair, batch: Any) -> list[Finding]:
-    """Every rank's shards together, then single ones on the last rank; collective."""
+    """Every rank's shards together; then, on the last rank, one of each kind, and any that nothing reads.
+    Collective.
+    """
     sharded = [
         record.name for record in pair.weights.records if record.kind != "replicated" and record.held_as
     ]
@@ -41,7 +46,9 @@ def unused_shards(pair: Pair, batch: Any) -> list[Finding]:
     if findings:
         return findings
     last = pair.world.size - 1
-    for name in _one_of_each(pair, batch, sharded, last):
+    useful = _useful(pair, batch, sharded, last)
+    unread = _unread(pair, batch, useful)
+    for name in dict.fromkeys([*_one_of_each(useful), *unread[:MOST_SINGLE]]):
         if not _matters(pair, batch, before, [name], last, anywhere=True):
             findings.append(
                 Finding(
@@ -51,25 +58,64 @@ def unused_shards(pair: Pair, batch: Any) -> list[Finding]:
     return findings
 
 
-def _one_of_each(pair: Pair, batch: Any, names: list[str], rank: int) -> list[str]:
-    """Weights whose golden gradient says that they matter; biases may cancel (a key's, before a softmax)."""
+class _Reads(TorchDispatchMode):
+    """The storages that operators read, those apart that only look at them in another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.storages: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(is_dtensor_class(kind) for kind in types):
+            return NotImplemented  # it comes again as what it is made of
+        if not func.is_view:
+            self.storages.update(address_of(tensor) for tensor in pytree.tensors([args, kwargs or {}]))
+        return func(*args, **(kwargs or {}))
+
+
+def _unread(pair: Pair, batch: Any, names: list[str]) -> list[str]:
+    """Of these, the weights that no operator of a forward reads on the last rank; collective.
+
+    A hint, to be confirmed: what runs compiled is not seen.
+    """
+    if pair.world.simulated:
+        return []
+    reads = _Reads()
+    with reads:
+        pair.ask_parallel(batch)
+    parameters = parameters_of(pair.parallel)
+    unread = [
+        name
+        for name in names
+        if not any(address_of(parameters[holder]) in reads.storages for holder in pair.weights.holders(name))
+    ]
+    return pair.world.merged(dict.fromkeys(pair.world.held, unread))[-1]
+
+
+def _one_of_each(names: list[str]) -> list[str]:
+    kinds: dict[str, str] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\d+", "#", name), name)
+    return list(kinds.values())[:MOST_SINGLE]
+
+
+def _useful(pair: Pair, batch: Any, names: list[str], rank: int) -> list[str]:
+    """Weights whose golden gradient says that the rank's part of them matters, on all ranks.
+
+    Biases may cancel (a key's, before a softmax), and are left out.
+    """
     with pair.world.alone():
         pair.reference.zero_grad(set_to_none=True)
         pair.ask_reference(batch, gradients=True)
     parameters = parameters_of(pair.reference)
-    kinds: dict[str, str] = {}
-    for name in names:
-        parameter = parameters[name]
-        if parameter.dim() < 2 or parameter.grad is None:
-            continue
-        kinds.setdefault(re.sub(r"\d+", "#", name), name)
     useful = {}
     for r in pair.world.held:
         held = {n: torch.empty(by_rank[r].whole_shape) for n, by_rank in pair.weights.held.items()}
         touched = partial(_touched, pair, held, rank)
-        useful[r] = [name for name in kinds.values() if touched(name, parameters[name].grad)]
+        matrices = [n for n in names if parameters[n].dim() > 1 and parameters[n].grad is not None]
+        useful[r] = [name for name in matrices if touched(name, parameters[name].grad)]
     pair.reference.zero_grad(set_to_none=True)
-    return pair.world.merged(useful)[0][:MOST_SINGLE]
+    return pair.world.merged(useful)[0]
 
 
 def _touched(pair: Pair, held: dict[str, Any], rank: int, name: str, grad: Any) -> bool:
@@ -121,5 +167,8 @@ def _matters(
     by_rank = pair.world.merged(changed)
     if anywhere:
         return any(by_rank)
-    # Beside data parallelism it is the ranks along one dimension of the mesh that work together.
-    return any(all(by_rank[r] for r in group) for group in groups(pair.mesh, rank) if len(group) > 1)
+    # Beside data parallelism it is the ranks along one dimension of the mesh that work together, or as many
+    # where parallelize has made a mesh of its own.
+    together = any(all(by_rank[r] for r in group) for group in groups(pair.mesh, rank) if len(group) > 1)
+    copies = pair.weights.copies
+    return together or (copies > 1 and by_rank[rank] and sum(by_rank) * copies >= pair.world.size)

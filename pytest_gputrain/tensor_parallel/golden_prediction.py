@@ -238,6 +238,7 @@ _RULES: dict[type[Any], Callable[[Any, Call], Predicted | None]] = {
     torch_styles.SequenceParallel: _sequence,
     torch_styles.PrepareModuleInput: _prepare_input,
     torch_styles.PrepareModuleOutput: _prepare_output,
+    torch_styles.PrepareModuleInputOutput: _prepare_both,
     styles.Replicated: _replicated,
     styles.KeyValueParallel: _key_value,
     sequence.SequenceLayer: _sequence_layer,
@@ -247,5 +248,3 @@ _RULES: dict[type[Any], Callable[[Any, Call], Predicted | None]] = {
     conv1d.Conv1DColwise: _conv1d_columns,
     conv1d.Conv1DRowwise: _conv1d_row,
 }
-if _both := getattr(torch_styles, "PrepareModuleInputOutput", None):  # torch before 2.7 has none
-    _RULES[_both] = _prepare_both

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.tensor_parallel.golden_factor import WAY_OUT, clipped_by
 from pytest_gputrain.tensor_parallel.golden_gradients import Gradients, compare_gradients, percent
 from pytest_gputrain.tensor_parallel.golden_model import asking, parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
-from pytest_gputrain.tensor_parallel.records import GradientRecord, StepRecord
+from pytest_gputrain.tensor_parallel.records_backward import GradientRecord
+from pytest_gputrain.tensor_parallel.records_training import StepRecord
 from pytest_gputrain.trace.names import owners
 from pytest_gputrain.trace.optimizers import OptimizerWatch
 
@@ -89,14 +91,17 @@ def _problem(pair: Pair, records: list[GradientRecord], scale: float) -> str | N
     if not wrong:
         return None
     first = wrong[0]
-    why = f" ({first.cause})" if first.cause else ""
-    what = f"in the case's step the optimizer gets wrong gradients: {first.problem}{why}"
+    what = (
+        "in the case's step gradients that are large enough to be clipped reach the optimizer wrong"
+        if scale > 1
+        else "in the case's step the optimizer gets wrong gradients"
+    )
+    by_rank = ", ".join(f"{percent(one)} on rank {r}" for r, one in enumerate(first.by_rank))
+    off = f"{first.name}.grad is off by {by_rank}"
+    count = f"{len(wrong)} of {len(records)} gradients are wrong"
+    if norm := clipped_by(records):
+        return f"{what}: {norm}\n  {count}; {off}"
     if scale > 1:
-        by_rank = ", ".join(f"{percent(one)} on rank {r}" for r, one in enumerate(first.by_rank))
-        what = (
-            "in the case's step gradients that are large enough to be clipped reach the optimizer wrong: "
-            f"{first.name}.grad is off by {by_rank}\n"
-            "  likely: each rank clips by the norm of its own part; the norm has to be that of all ranks' "
-            "parts, replicated ones counted once"
-        )
-    return f"{what} ({len(wrong)} of {len(records)} gradients are wrong)" if scale == 1 else what
+        return f"{what}: {off}; likely each rank clips by a norm of its own: {WAY_OUT}\n  {count}"
+    why = f" ({first.cause})" if first.cause else ""
+    return f"{what}: {first.problem}{why}\n  {count}; {off}"

@@ -26,7 +26,7 @@ from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.golden_vacuity import untied_findings
 from pytest_gputrain.trace.digest import tensor_digest
 
-EPOCHS, BATCHES = 4, 4
+EPOCHS, BATCHES, ROWS = 4, 4, 4
 # Relative to the loss. Adam turns a gradient that is rounding into a step of full size, and steps add up.
 TOLERANCE = {"float64": 1e-6, "float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 
@@ -49,6 +49,15 @@ class TrainingRecord:
     notes: tuple[str, ...] = ()
 
     @property
+    def departs(self) -> bool:
+        """Whether a loss is not the single process's, at a step behind the first."""
+        return any(
+            not _off(loss, golden) <= self.tolerance
+            for losses in self.parallel
+            for loss, golden in zip(losses[1:], self.golden[1:], strict=True)
+        )
+
+    @property
     def worst(self) -> float:
         """The largest relative difference of a loss on any rank, at any step."""
         return max(_off(loss, self.golden[step]) for rank in self.parallel for step, loss in enumerate(rank))
@@ -60,7 +69,7 @@ class TrainingRecord:
 
 
 def compare_training(
-    case: TrainingCase, mesh: Any, epochs: int = EPOCHS, *, rows: int = 4, seed: int = SEED
+    case: TrainingCase, mesh: Any, epochs: int = EPOCHS, *, rows: int = ROWS, seed: int = SEED
 ) -> TrainingRecord:
     """Run on every rank of ``mesh``; returns the same record on all.
 

@@ -19,7 +19,8 @@ from pytest_gputrain.tensor_parallel.golden_model import SEED, parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.golden_perturb import unused_shards
 from pytest_gputrain.tensor_parallel.golden_step import compare_step, take
-from pytest_gputrain.tensor_parallel.records import Accounting, Finding
+from pytest_gputrain.tensor_parallel.records import Finding
+from pytest_gputrain.tensor_parallel.records_memory import Accounting
 from pytest_gputrain.trace.digest import tensor_digest
 
 STEPS = 2

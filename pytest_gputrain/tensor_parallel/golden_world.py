@@ -114,6 +114,12 @@ def is_dtensor(tensor: Any) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def is_dtensor_class(kind: type[Any]) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return issubclass(kind, DTensor)
+
+
 def local(tensor: Any) -> Any:
     """This rank's part of a DTensor; any other tensor as it is. Detached."""
     tensor = tensor.detach()

@@ -78,7 +78,7 @@ def own_norms(
     """Names of the norms over one head's channels (Qwen3's ``q_norm``) in an attention module.
 
     None where it has parameters that are neither those nor its projections': a bias by position, a scale for
-    each head, a norm over all heads, which divided heads would make wrong.
+    each head, a norm over all heads or one for each head, which divided heads would make wrong.
     """
     found = []
     for name, module in modules.items():
@@ -90,3 +90,17 @@ def own_norms(
             return None
         found.append(name)
     return found
+
+
+def by_head(owner: str, modules: Mapping[str, Any], heads: Heads) -> str | None:
+    """The name of a list in an attention module that has one entry for each head, as StableLM's.
+
+    A rank that has a part of the heads would take the first entries for its own.
+    """
+    for name, module in modules.items():
+        entries = [*module._modules, *module._parameters]
+        inside = name == owner or name.startswith(f"{owner}." if owner else "")
+        listed = len(entries) > 1 and all(entry.isdecimal() for entry in entries)
+        if inside and listed and len(entries) in (heads.query, heads.key_value):
+            return name
+    return None

@@ -64,7 +64,7 @@ def _attention(block: roles.Block, modules: dict[str, Any]) -> Plan:
     if not _are_linear(modules, (*block.columns, block.row)):
         return {}
     found = heads.count(modules[block.owner], modules[query].out_features, modules[key].out_features)
-    if found is None:
+    if found is None or heads.by_head(block.owner, modules, found):
         return {}
     norms = heads.own_norms(block.owner, modules, (*block.columns, block.row), found.width)
     if norms is None:

@@ -79,6 +79,12 @@ def _heads_divide(
     found = sharded_heads(block, modules, plan)
     if found is None:
         return
+    if world_size > 1 and (listed := heads.by_head(block.owner, modules, found)):
+        raise ValueError(
+            f"{listed} has an entry for each of the {found.query} heads of {block.owner}, and the plan cuts "
+            f"those over {world_size} ranks; gather its projections, "
+            "ColwiseParallel(output_layouts=Replicate()), as tp_plan_for(model) does"
+        )
     if found.query % world_size:
         raise ValueError(
             f"{block.owner} has {found.query} heads, not divisible by "

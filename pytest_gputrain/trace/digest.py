@@ -22,11 +22,17 @@ def tensor_digest(tensor: Any) -> str:
     """Digest of shape, dtype and bits; ``"none"`` for None."""
     if tensor is None:
         return "none"
-    plain = whole(tensor).cpu().contiguous().resolve_conj().resolve_neg()
+    plain = whole(tensor)
     state = hashlib.blake2b(f"{plain.dtype}{tuple(plain.shape)}".encode(), digest_size=_DIGEST_BYTES)
-    # Not .numpy(): it knows no bfloat16, and torch works without numpy.
-    state.update(ctypes.string_at(plain.data_ptr(), plain.numel() * plain.element_size()))
+    state.update(bits(plain))
     return state.hexdigest()
+
+
+def bits(tensor: Any) -> bytes:
+    """The elements of a plain tensor in order, from wherever it is."""
+    plain = tensor.cpu().contiguous().resolve_conj().resolve_neg()
+    # Not .numpy(): it knows no bfloat16, and torch works without numpy.
+    return ctypes.string_at(plain.data_ptr(), plain.numel() * plain.element_size())
 
 
 def is_finite(tensor: Any) -> bool:

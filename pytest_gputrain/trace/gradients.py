@@ -91,7 +91,15 @@ class GradTracer:
         self.steps += 1
 
     def assert_all_arrived(self) -> None:
-        """Raises AssertionError naming every trainable parameter without a gradient, and its module."""
+        """Raises AssertionError naming every trainable parameter without a gradient, and its module.
+
+        Also where no parameter is trainable: nothing could be said of any.
+        """
+        if self.owners and not self.trainable:
+            raise AssertionError(
+                f"none of {len(self.owners)} parameters is trainable, so no gradient can arrive\n"
+                "  likely: the whole model is frozen (requires_grad=False)"
+            )
         missing = self.missing
         if missing:
             raise AssertionError(

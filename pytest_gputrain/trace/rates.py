@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pytest_gputrain.trace.opened import opened_arguments
 from pytest_gputrain.trace.optimizers import Held, OptimizerWatch
 
 RATES = "rates.json"
@@ -22,8 +23,9 @@ RATES = "rates.json"
 class Rates:
     """Looks at every step of torch's optimizers while ``watching``; writes the file at the end.
 
-    The file: ``{"optimizers": [{"type", "steps", "last_at", "groups": [{"first", "highest", "last"}]}]}``.
-    ``last_at`` counts the steps of all optimizers: whose is highest has stepped last.
+    The file: ``{"optimizers": [{"type", "steps", "last_at", "groups": [{"first", "highest", "last"}]}],
+    "opened": […]}``, with the files among the script's arguments that it has opened. ``last_at`` counts the
+    steps of all optimizers: whose is highest has stepped last.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -31,11 +33,12 @@ class Rates:
         self._optimizers: list[dict[str, Any]] = []
         self._known: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
         self._pid, self._count = os.getpid(), 0
+        self._opened: set[str] = set()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         try:
-            with OptimizerWatch(None, before=self._before):
+            with OptimizerWatch(None, before=self._before), opened_arguments() as self._opened:
                 yield
         finally:
             if os.getpid() == self._pid:
@@ -58,7 +61,8 @@ class Rates:
 
     def _write(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps({"optimizers": self._optimizers}) + "\n", encoding="utf-8")
+        told = {"optimizers": self._optimizers, "opened": sorted(self._opened)}
+        self._path.write_text(json.dumps(told) + "\n", encoding="utf-8")
 
 
 def read_rates(folder: Path) -> list[dict[str, Any]]:
@@ -68,3 +72,12 @@ def read_rates(folder: Path) -> list[dict[str, Any]]:
         return [dict(one) for one in found["optimizers"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def has_opened(folder: Path, file: Path) -> bool | None:
+    """Whether a rank has opened this file, which its arguments name; None where the rank did not say."""
+    try:
+        found = json.loads((folder / RATES).read_text(encoding="utf-8"))
+        return os.path.realpath(file) in found["opened"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

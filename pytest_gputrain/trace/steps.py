@@ -181,7 +181,7 @@ def patched_backward(around: Callable[..., Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def patched_norm(around: Callable[..., Any]) -> Iterator[None]:
-    """Clipping, however it was imported, starts by asking for the total norm here (torch 2.6 and later)."""
+    """Clipping, however it was imported, starts by asking for the total norm here."""
     from torch.nn.utils import clip_grad
 
     names = [name for name in ("_get_total_norm", "get_total_norm") if hasattr(clip_grad, name)]

@@ -75,7 +75,7 @@ def assert_one_discovered(outputs: list[str], folder: Path, count: int) -> None:
 
 
 @pytest.mark.skipif("not hasattr(os, 'fork')")
-@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(8, marks=pytest.mark.nightly)])
 def test_one_of_several_sessions_discovers(tmp_path: Path, environ: dict[str, str], count: int) -> None:
     environ["HOW_MANY"] = str(count)
     done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -356,3 +357,25 @@ def test_batch_finder(batch_finder: BatchFinder) -> None:
     assert batch_finder(case_of(mlp, batch=wide), capacity="2MB", max_batch_size=4).size == 4
     with pytest.raises(ValueError, match=r"^batch_finder needs a case, or model= and max_seq_len="):
         batch_finder()
+
+
+class FewPositions(nn.Module):
+    """Has eight positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(8, 4)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = self.positions(torch.arange(x.shape[1])).square().mean()
+        return loss
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes from Python 3.11 on")
+def test_more_tokens_than_the_model_has_positions_are_told() -> None:
+    with pytest.raises(IndexError) as caught:
+        discover_batch_size(FewPositions(), max_seq_len=16, device="cpu", capacity="1MB")
+    assert getattr(caught.value, "__notes__", [])[0] == (
+        "FewPositions(x, y) got 16 tokens a sample: does the model have as many positions? max_seq_len says "
+        "how many it gets"
+    )

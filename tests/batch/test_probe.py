@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
+import gc
 import random
 from collections.abc import Callable
 from typing import Any
@@ -126,6 +128,24 @@ def test_no_trace_in_a_closure_of_the_step() -> None:
     assert average is None
 
 
+def test_garbage_is_looked_for_in_what_the_probes_made() -> None:
+    """And afterwards everywhere again, but where what there was is frozen already, as in this suite."""
+    frozen = list[int]()
+
+    def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        frozen.append(gc.get_freeze_count())
+        return square(model, batch)
+
+    gc.unfreeze()
+    try:
+        find_batch(case_of(mlp, loss=loss), model=mlp(16), capacity="1MB", max_batch_size=2)
+        assert gc.get_freeze_count() == 0 < min(frozen)
+    finally:
+        gc.freeze()
+    find_batch(case_of(mlp, loss=loss), model=mlp(16), capacity="1MB", max_batch_size=2)
+    assert gc.get_freeze_count() > 0
+
+
 def peaks(case: TrainingCase, size: int = 4, **settings: Any) -> tuple[float, dict[str, int]]:
     found = find_batch(
         case, capacity="1GB", min_batch_size=size, max_batch_size=size, **{"eval_batch_factor": 0, **settings}
@@ -230,6 +250,30 @@ class Leaking(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         self.__dict__.setdefault("past", []).append(x.detach().clone())
         return super().forward(x)
+
+
+def skips_what_does_not_fit(model: Any, optimizer: Any, micro_batches: Any) -> Any:
+    """As fairseq does: a batch that does not fit is left out, and training goes on."""
+    loss = torch.zeros(())
+    try:
+        loss = square(model, micro_batches[0])
+        loss.backward()
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        optimizer.zero_grad()
+    optimizer.step()
+    return loss.detach()
+
+
+def test_a_step_that_catches_its_out_of_memory_has_not_trained() -> None:
+    case = TrainingCase(name="skips", model=mlp, batch=wide, loss=square)
+    skipping = dataclasses.replace(case, step=skips_what_does_not_fit)
+    right, found = (find_batch(one, capacity=ONE_MIB, max_batch_size=2048) for one in (case, skipping))
+    assert 0 < found.size < 2048 and abs(found.size - right.size) <= right.size // 20
+    nothing = find_batch(skipping, capacity=ONE_MIB, min_batch_size=4096, max_batch_size=8192)
+    assert nothing.size == 0
+    assert (nothing.failure or "").endswith(", which the case's code caught to go on without it")
 
 
 def test_a_leak_a_step_is_told() -> None:

@@ -67,6 +67,13 @@ def test_default_step_on_ragged_micro_batches_gives_the_whole_batchs_gradient(fi
     torch.testing.assert_close(gradient(case, parts), gradient(case, [whole]))
 
 
+def test_a_loss_that_is_an_output_is_told_where_the_loss_is() -> None:
+    output = type("Output", (), {"loss": torch.ones(()), "__repr__": lambda self: "Output"})()
+    case = make(loss=lambda model, batch: output)
+    with pytest.raises(ValueError, match=r"returned Output; legal is a scalar tensor, such as its \.loss$"):
+        gradient(case, [batch(2, None)])
+
+
 def test_default_step_returns_the_detached_loss() -> None:
     case = make()
     net, whole = case.model(), batch(4, "cpu")
@@ -104,6 +111,11 @@ def test_functions_may_be_given_by_name() -> None:
         (
             {"model": 3},
             "case 'tiny': model is 3 (int); give a function or \"package.module:attribute\"",
+        ),
+        (
+            {"model": nn.Linear(3, 1)},
+            "case 'tiny': model is a Linear; give a function that builds one with fresh weights, for checks "
+            "train several",
         ),
         ({"loss": "no_colon"}, "tiny.loss: 'no_colon' is not MODULE:ATTR; give \"package.module:attribute\""),
         (

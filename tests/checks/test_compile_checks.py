@@ -143,8 +143,8 @@ def test_the_reason_is_not_that_of_the_other_mode() -> None:
     assert reason_of(recompile) == "self.calls == 3"
 
 
-def test_the_users_code_behind_a_guard_gives_no_advice() -> None:
-    reason = "self.calls == 3  # loss = loss * self.calls if loss is not None else None"
+def advice_for(reason: str) -> str:
+    """On a graph that was compiled anew in step 5 for it."""
     recompile = Recompile(
         compile_id="0/1",
         function="forward",
@@ -156,8 +156,19 @@ def test_the_users_code_behind_a_guard_gives_no_advice() -> None:
         phase="train",
         number=1,
     )
-    found = Growth(unit(5, (1, 2)), (graph(),), (recompile,))
-    assert likely([found], [unit(0, (0, 1))]).startswith("a number, string or object that changes")
+    return likely([Growth(unit(5, (1, 2)), (graph(),), (recompile,))], [unit(0, (0, 1))])
+
+
+def test_the_users_code_behind_a_guard_gives_no_advice() -> None:
+    reason = "self.calls == 3  # loss = loss * self.calls if loss is not None else None"
+    assert advice_for(reason).startswith("a number, string or object that changes")
+
+
+def test_a_parameter_that_is_unfrozen_is_told_as_that() -> None:
+    reason = (
+        "tensor 'self._parameters['bias']' requires_grad mismatch. expected requires_grad=0. Guard failed"
+    )
+    assert advice_for(reason).startswith("a parameter is frozen or unfrozen in the loop")
 
 
 def test_who_makes_batches() -> None:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from pytest_gputrain.checks import CheckResult, run_checks
-from tests.planted.broken_compile_parity import global_schedule_frozen_in_the_graph
+from pytest_gputrain.checks.compile_eager import TRIES, settled
+from pytest_gputrain.checks.compile_sides import Probe, Snapshot
+from pytest_gputrain.checks.context import CheckContext
+from pytest_gputrain.checks.result import CheckFailed
+from tests.planted.broken_compile_parity import (
+    evaluation_differs_when_compiled,
+    global_schedule_frozen_in_the_graph,
+)
 from tests.planted.plant import Net, case
 
 
@@ -46,6 +53,25 @@ def head_gradient(backend: str | None) -> Tensor:
     return model.head.weight.grad
 
 
+class Scaled:
+    """A side whose first gradients from the first point overflow so often."""
+
+    def __init__(self, overflows: int) -> None:
+        self.bare, self.left = Net(), overflows
+
+    def probe(self, batch: Any, seed: int) -> Probe:
+        self.left -= 1
+        return Probe(1.0, {"head.weight": torch.tensor(float("inf") if self.left >= 0 else 1.0)}, {})
+
+
+@pytest.mark.parametrize(("overflows", "tries"), [(0, [1, 1]), (3, [4, 1]), (99, [TRIES, TRIES])])
+def test_a_step_is_taken_again_while_its_loss_scale_is_too_high(overflows: int, tries: list[int]) -> None:
+    side: Any = Scaled(overflows)
+    found, needed = settled(side, [Snapshot.of(side.bare)] * 2, {}, CheckContext())
+    assert needed == tries
+    assert [bool(torch.isfinite(one.given[0])) for one in found] == [overflows < TRIES] * 2
+
+
 @pytest.mark.nightly
 def test_a_gradient_that_torch_itself_gets_wrong_is_found() -> None:
     torch._dynamo.reset()
@@ -55,6 +81,23 @@ def test_a_gradient_that_torch_itself_gets_wrong_is_found() -> None:
     assert result.outcome == ("passed" if torch.allclose(right, compiled, rtol=1e-4) else "failed"), str(
         result
     )
+
+
+def test_evaluation_is_compared_by_what_the_model_gives() -> None:
+    from pytest_gputrain.checks.compile_chance import compare_evaluation
+    from pytest_gputrain.checks.compile_sides import Snapshot, compiled, eager
+
+    program = dataclasses.replace(
+        evaluation_differs_when_compiled(), compile=lambda model: torch.compile(model, backend="eager")
+    )
+    batch, ctx = program.batch(4, torch.device("cpu")), CheckContext()
+    mine = eager(program, ctx)
+    theirs = compiled(program, ctx, Snapshot.of(mine.bare))
+    with pytest.raises(CheckFailed, match="something else in evaluation mode, where dropout rests"):
+        compare_evaluation([mine], theirs, batch, 1, "float32")
+    assert compare_evaluation([mine], eager(program, ctx), batch, 1, "float32") is None
+    assert all(module.training for side in (mine, theirs) for module in side.bare.modules())
+    torch._dynamo.reset()
 
 
 def test_what_cannot_be_compared_is_said_and_is_no_verdict() -> None:

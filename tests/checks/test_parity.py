@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.checks import CheckResult, run_checks
+from pytest_gputrain.checks.parity import StepFacts
+from pytest_gputrain.checks.parity_reasons import Reasons
+from pytest_gputrain.trace.steps import AFTER_BACKWARD, StepRecord
 from tests.planted import healthy_loops, healthy_models, healthy_parallel
 
 
@@ -45,3 +50,27 @@ def test_average_of_replays_is_matched_without_remarks(case: object) -> None:
 )
 def test_other_ways_are_remarked(case: TrainingCase, remark: str) -> None:
     assert remark in parity(case).message
+
+
+class TwoRanks:
+    """What the other rank says, told beforehand."""
+
+    world_size = 2
+
+    def __init__(self, flags: list[list[int]]) -> None:
+        self.flagged = lambda own: flags
+
+
+@pytest.mark.parametrize(
+    ("skips", "changed", "said"),
+    [
+        ([1], set(), "rank 1 leaves the optimizer's step out where the others take it"),
+        ([0, 1], {"w"}, "the gradients agree at first, and no more when the optimizer steps"),
+        ([], set(), "the gradients agree, so the update itself differs"),
+    ],
+)
+def test_why_updates_differ_where_gradients_agreed(skips: list[int], changed: set[str], said: str) -> None:
+    peers: Any = TwoRanks([skips])
+    reasons = Reasons(peers, None, None, {"w": None}, set(), changed)
+    steps = [StepFacts(b"", 1, synced={"w": AFTER_BACKWARD})]
+    assert reasons.why({"w": [1]}, StepRecord(), steps, None).startswith(said)

@@ -35,6 +35,7 @@ IDS = [
     "tp_optimizers",
     "tp_memory",
     "tp_training",
+    "stable_training",
 ]
 
 
@@ -47,6 +48,7 @@ def test_ids_are_the_designs() -> None:
         "batch size",
         "compile",
         "tensor parallel",
+        "stability",
     }
 
 

@@ -18,7 +18,12 @@ CHECKS = ("tp_forward", "tp_backward", "tp_optimizers", "tp_memory", "tp_trainin
 
 def test_without_a_plan_they_are_skipped() -> None:
     results = run_checks(case("tiny"), checks=CHECKS)
-    assert {(one.outcome, one.message) for one in results} == {("skipped", "no tensor-parallel plan given")}
+    assert {(one.outcome, one.message) for one in results} == {
+        (
+            "skipped",
+            "no tensor-parallel plan given: TrainingCase(parallelize=...), see docs/tensor-parallel.md",
+        )
+    }
 
 
 def test_a_plan_that_names_no_module_is_refused_before_any_check() -> None:

@@ -81,7 +81,7 @@ def test_an_unknown_backend_is_one_line_with_the_legal_names() -> None:
 def test_a_torch_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.5.1+cpu")
     assert validate_backend("eager") == (
-        "torch 2.5.1+cpu is too old for the compile checks; install torch 2.6 or newer"
+        "torch 2.5.1+cpu is too old for the compile checks; install torch 2.8 or newer"
     )
 
 

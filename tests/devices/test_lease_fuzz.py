@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.skipif("sys.platform == 'win32'", reason="the fuzz forks and kills processes")
 @pytest.mark.parametrize(
-    ("num_leases", "num_kills"), [(200, 12), pytest.param(2000, 120, marks=pytest.mark.slow)]
+    ("num_leases", "num_kills"), [(200, 12), pytest.param(2000, 120, marks=pytest.mark.nightly)]
 )
 def test_fuzz(num_leases: int, num_kills: int, tmp_path: Path) -> None:
     program = Path(__file__).with_name("lease_fuzz.py")

@@ -49,6 +49,8 @@ def diagnose(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
     for name in [*os.environ]:
         if name.startswith("GPUTRAIN_"):
             monkeypatch.delenv(name)
+    # Where it is not set, the first import of dynamo in a process sets it.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
     def run(*arguments: str, timeout: float = 100, stall: float = 40) -> Diagnosed:
         out = tmp_path / "out"

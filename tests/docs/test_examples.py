@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
 README = (ROOT / "README.md").read_text()
@@ -36,15 +38,25 @@ def pytest_here(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_examples_of_tests() -> None:
-    """In one session, which imports torch and the model library once."""
-    done = pytest_here("--rootdir=.", "-v", "-rs", "test_uneven.py", "test_tour.py", "test_on_every_rank.py")
+    """In one session, which imports torch and the model library once. Of the tour's checks, one."""
+    which = "not test_training or gradients_arrive"
+    files = ("test_uneven.py", "test_tour.py", "test_on_every_rank.py")
+    done = pytest_here("--rootdir=.", "-v", "-rs", "-k", which, *files)
     assert done.returncode == 1, done.stdout
     the_failure_is_the_readmes(done.stdout.splitlines())
     assert outcomes(done.stdout, "test_uneven.py") == ["FAILED"], done.stdout
     tour = outcomes(done.stdout, "test_tour.py")
-    assert tour.count("PASSED") == 16 and set(tour) == {"PASSED", "SKIPPED"}, done.stdout
+    assert tour == ["PASSED"] * 4 + ["SKIPPED"], done.stdout
     assert outcomes(done.stdout, "test_on_every_rank.py") == ["PASSED"] * 2 + ["SKIPPED"] * 2, done.stdout
     assert "needs 2 GPUs, found" in done.stdout
+
+
+@pytest.mark.slow
+def test_all_checks_of_the_tour() -> None:
+    done = pytest_here("--rootdir=.", "-v", "test_tour.py", "-k", "test_training")
+    assert done.returncode == 0, done.stdout
+    tour = outcomes(done.stdout, "test_tour.py")
+    assert tour.count("PASSED") == 14 and set(tour) == {"PASSED", "SKIPPED"}, done.stdout
 
 
 def the_failure_is_the_readmes(shown: list[str]) -> None:
@@ -74,12 +86,15 @@ def test_the_test_on_every_rank_that_the_readme_shows_is_the_one_that_runs() -> 
     assert program[start : program.index("\n\n", start)] in README
 
 
+@pytest.mark.nightly
 def test_the_command_line_on_the_examples_case() -> None:
+    """The next one's, and the tour's checks."""
     done = run("pytest_gputrain", "check", "my_cases:llama", "--checks", "gradients_arrive,optimizer_covers")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("2 passed, 0 failed, 0 skipped\n")
 
 
+@pytest.mark.slow
 def test_the_broken_case_that_the_readme_shows() -> None:
     checks = "gradients_arrive,checkpointing_parity,optimizer_covers"
     assert f"$ gputrain check my_cases:detached --checks {checks}\n" in README
@@ -126,7 +141,7 @@ def test_every_python_file_is_run_by_one_of_these() -> None:
 
 def test_the_readme_knows_the_options_and_the_checks() -> None:
     from pytest_gputrain.checks import all_check_ids
-    from pytest_gputrain.plugin.settings import SETTINGS
+    from pytest_gputrain.plugin.settings_table import SETTINGS
 
     for setting in SETTINGS:
         assert setting.option in README

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "sweep.sh"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
 def test_the_whole_path_from_a_base_run_to_a_picture(tmp_path: Path) -> None:
     own = tmp_path / "bin"

@@ -13,6 +13,9 @@ import pytest
 
 from pytest_gputrain.launch import warm
 
+# Set by the first import of dynamo in a process, which may come in any test.
+FIRST_IMPORT = "TORCHINDUCTOR_CACHE_DIR"
+
 
 def _grandchildren() -> list[str]:
     """Command lines of all that runs below this process's children, which are fork servers.
@@ -36,6 +39,8 @@ def _nothing_left_behind() -> Iterator[None]:
     environ = dict(os.environ)
     yield
     environ["PYTEST_CURRENT_TEST"] = os.environ.get("PYTEST_CURRENT_TEST", "")
+    if FIRST_IMPORT in os.environ:
+        environ.setdefault(FIRST_IMPORT, os.environ[FIRST_IMPORT])
     assert dict(os.environ) == environ
     assert _grandchildren() == []
     gc.collect()  # a LaunchResult removes its folder when it goes

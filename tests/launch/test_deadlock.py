@@ -139,6 +139,52 @@ def test_the_words_for_a_rank_that_returned() -> None:
     )
 
 
+def test_an_exception_that_only_one_rank_handles_is_the_reason() -> None:
+    scenes = standstill([[("all_reduce", 8, "t.py:5")], [("barrier", 0, "t.py:9")]])
+    scenes[1].handles = "RuntimeError: no shard (t.py:3 in load)"
+    found = blame.explain(scenes)
+    assert found is not None and found.cause.rank is None
+    assert "; rank 1 is handling RuntimeError: no shard (t.py:3 in load)   at" in str(found.cause)
+    assert found.advice == (
+        "rank 1 came there by an exception of which the other ranks know nothing: mend what raised it; a "
+        "collective in except or finally is one that the others do not call"
+    )
+    scenes[0].handles = scenes[1].handles
+    found = blame.explain(scenes)
+    assert found is not None and "handling" not in str(found.cause) + found.advice
+
+
+def test_an_exception_handled_beside_the_culprit_is_said_and_not_blamed() -> None:
+    program: list[Step] = [("all_reduce", 8, "t.py:5")]
+    scenes = standstill([program, program], {1: 0})
+    scenes[0].handles = "ImportError"
+    found = blame.explain(scenes)
+    assert found is not None and found.cause.rank == 1
+    assert "; rank 0 is handling ImportError" in found.cause.message and "busy" in found.advice
+
+
+def test_other_sizes_from_other_lines_are_other_calls() -> None:
+    backward, log = ("all_reduce", 40, "t.py:5"), ("all_reduce", 1, "t.py:9")
+    found = blame.explain(standstill([[backward, backward], [backward, log]]))
+    assert found is not None and found.cause.kind == "mismatch"
+    assert str(found.cause) == (
+        "rank 1 called all_reduce #2 with 1 x float32 where rank 0 had 40 x float32 [t.py:5 in train]   "
+        "at t.py:9 in train"
+    )
+    assert found.advice.startswith("only some ranks come to t.py:9 in train (all_reduce)")
+
+
+def test_of_a_rank_that_died_what_backward_called_is_not_known() -> None:
+    bucket, extra = ("all_reduce", 40, "t.py:5"), ("all_reduce", 4, "t.py:2")
+    scenes = standstill([[extra, bucket], [extra, extra]])
+    noted = [call._replace(note="in backward") if call.seq == 2 else call for call in scenes[0].calls]
+    scenes[0].calls, scenes[1].complete = noted, False
+    found = blame.explain(scenes)
+    assert (
+        found is not None and "only some ranks" not in found.advice and "a call more or less" in found.advice
+    )
+
+
 def test_the_words_for_sizes_that_differ() -> None:
     program: list[Step] = [("all_reduce", 128, "train.py:57")]
     found = blame.explain(standstill([program, [("all_reduce", 64, "train.py:57")], program]))
@@ -180,6 +226,16 @@ def test_ranks_that_shifted_against_each_other_parted_where_their_lines_first_di
     assert "they parted at all_reduce #2, called at t.py:2 in train and at t.py:1 in train" in found.advice
 
 
+def test_a_rank_that_failed_in_the_making_of_a_group_did_come_there() -> None:
+    line = "t.py:7 in setup"
+    waits = Scene(0, blocked=True, waits_in="init_process_group", location=line)
+    assert blame.explain({0: waits, 1: Scene(1, "raised", location=line)}) is None
+    found = blame.explain({0: waits, 1: Scene(1, "raised", location="t.py:5 in setup")})
+    assert found is not None and found.cause.message == (
+        "rank 1 never reached init_process_group, in which rank 0 waits; it raised an exception"
+    )
+
+
 def test_a_group_that_was_made_anew_counts_from_one() -> None:
     record = {"op": "barrier", "sizes": [], "dtypes": [], "group": "0", "ranks": [0, 1], "state": "done",
               "location": None}  # fmt: skip
@@ -196,3 +252,17 @@ def test_64_ranks_of_2000_collectives(fault: str) -> None:
     found = blame.explain(scenes)
     assert time.monotonic() - began < 20  # benchmarks/deadlock_analysis.py has the figure
     assert found is not None and found.cause.rank == 17
+
+
+def test_a_rank_that_is_stuck_within_its_backward_is_the_one_to_look_at() -> None:
+    scenes = standstill([[("all_reduce", 3, "t.py:1")]] * 2, asleep={1: 0})
+    scenes[1].waits_in = deadlock.BACKWARD
+    found = blame.explain(scenes)
+    assert found is not None
+    assert found.cause.rank == 1
+    assert found.cause.message == (
+        "rank 1 never reached all_reduce #1 (3 x float32); it is still in backward, and waits for no other "
+        "rank"
+    )
+    assert found.advice.startswith("an operation or a hook of its backward that does not return")
+    assert blame.fate(scenes[1]).startswith("is in backward after 0 collectives")

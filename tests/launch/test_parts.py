@@ -45,6 +45,10 @@ def test_the_main_thread_the_user_frame_and_the_wait_are_found() -> None:
     assert str(stacks.user_frame(frames)) == "/home/me/train.py:57 in step"
     assert stacks.in_collective(frames)
     assert not stacks.in_collective(frames[1:])
+    engine = stacks.Frame("/site-packages/torch/autograd/graph.py", 979, "_engine_run_backward")
+    assert stacks.in_backward([engine, *frames])
+    assert not stacks.in_backward([frames[-1], engine])
+    assert not stacks.in_backward([])
     assert stacks.main_thread("nothing") == []
     assert stacks.user_frame([]) is None
 
@@ -126,8 +130,10 @@ def test_a_temporary_folder_is_where_tmpdir_says_or_in_memory(
     assert made.parent == Path("/tmp")
 
 
-def test_a_module_of_another_class_travels_by_name() -> None:
+def test_a_module_of_another_class_travels_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """``torch._dynamo.config`` is one, and a function that sets something there names it."""
+    # Where it is not set, the first import of dynamo in a process sets it.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     import torch._dynamo
 
     config = torch._dynamo.config

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import traceback
 from typing import Any
 
 import pytest
 
-from pytest_gputrain.launch import Cause, RankError, RankResult, Verdict
+from pytest_gputrain.launch import Cause, RankError, RankResult, Verdict, stacks
 from pytest_gputrain.launch.verdict import Ending, judge
 
 CLOSED = RankError("RuntimeError", "Connection closed by peer [127.0.0.1]:1", "", "train.py:57 in step")
@@ -144,6 +145,24 @@ def test_a_skip_beside_a_pass_is_failed() -> None:
 def test_a_skip_beside_a_failure_blames_the_failure() -> None:
     verdict, cause = verdict_of(rank(0, "skipped", 0.1, error=SKIP), rank(1, "failed", 0.2, error=BOOM))
     assert (verdict, cause.rank) == (Verdict.FAILED, 1)
+
+
+def test_an_exception_in_a_data_loaders_worker_is_the_one_to_read() -> None:
+    def load(index: int) -> None:
+        raise KeyError(f"sample {index}\nhas no label")
+
+    try:
+        load(3)
+    except KeyError as error:
+        text = "".join(traceback.format_exception(error))
+    message = f"Caught KeyError in DataLoader worker process 1.\nOriginal {text}"
+    assert RankError("KeyError", message, "").headline == (
+        "KeyError: 'sample 3\\nhas no label' (in DataLoader worker process 1)"
+    )
+    where = stacks.told_location(message)
+    assert where is not None
+    assert where.endswith(" in load")
+    assert "test_verdict.py:" in where
 
 
 def test_headlines_are_one_line_and_bounded() -> None:

@@ -150,7 +150,7 @@ def one_in_ten(draw: random.Random, number: int) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("times", [60, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [60, pytest.param(1000, marks=pytest.mark.nightly)])
 def test_one_fault_in_ten_never_spoils_another_launch(times: int) -> None:
     draw = random.Random(times)
     warm.POOL.close()  # what other tests have left would count as this one's

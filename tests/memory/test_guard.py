@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import threading
 from typing import Any
@@ -41,6 +42,19 @@ def test_an_operation_over_the_limit_raises_and_keeps_nothing() -> None:
     assert (str(again), again.__dict__) == (str(error), error.__dict__)
 
 
+def test_a_block_that_catches_an_out_of_memory_and_goes_on_is_seen() -> None:
+    with OomGuard("4MiB") as guard:
+        megabytes(3)
+        assert guard.swallowed is None
+        with contextlib.suppress(RuntimeError):
+            megabytes(5)
+    assert guard.oom is None and guard.swallowed is not None and guard.swallowed.requested == 5 * MIB
+    assert guard.notes == (f"the block caught an out-of-memory and went on: {guard.swallowed}",)
+    with pytest.raises(OutOfMemory), guard:
+        megabytes(5)
+    assert guard.swallowed is None
+
+
 def test_the_line_says_what_was_asked_for_where_and_what_was_in_use() -> None:
     with pytest.raises(OutOfMemory) as caught, OomGuard("4MiB"):
         kept = megabytes(3)
@@ -49,9 +63,23 @@ def test_the_line_says_what_was_asked_for_where_and_what_was_in_use() -> None:
     where = f"test_guard.py:{caught.traceback[0].lineno + 1} in {caught.traceback[0].name}"
     assert str(caught.value) == (
         f"out of memory on cpu: aten.add.Tensor needs 3.0 MiB with 3.0 MiB in use, of a limit of 4.0 MiB, "
-        f"at {where} (in use: other 3.0 MiB)"
+        f"at {where} (in use: other 3.0 MiB); DefaultCPUAllocator: can't allocate memory"
     )
     assert caught.value.location == where
+
+
+def test_what_looks_for_torchs_words_recognises_it() -> None:
+    memory = pytest.importorskip("accelerate.utils.memory")
+    tried = []
+
+    @memory.find_executable_batch_size(starting_batch_size=8)  # type: ignore[untyped-decorator]
+    def train(batch_size: int) -> None:
+        tried.append(batch_size)
+        megabytes(batch_size)
+
+    with OomGuard("3MiB"):
+        train()
+    assert tried[0] == 8 and tried[-1] <= 3
 
 
 def test_a_limit_is_exact() -> None:

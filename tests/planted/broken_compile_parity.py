@@ -183,3 +183,16 @@ class RoundingNet(Net):
 @broken({PARITY: "off by 25"}, may_fail=ALSO)
 def gradient_too_small_in_bfloat16() -> TrainingCase:
     return case("gradient_too_small_in_bfloat16", model=RoundingNet)
+
+
+class WarmerInEvaluation(Net):
+    """Training is the same; compiled, evaluation alone computes with another temperature."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out / 1.05 if torch.compiler.is_compiling() and not self.training else out
+
+
+@broken({PARITY: "something else in evaluation mode"}, may_fail=ALSO)
+def evaluation_differs_when_compiled() -> TrainingCase:
+    return case("evaluation_differs_when_compiled", model=WarmerInEvaluation)

@@ -49,7 +49,10 @@ def compile_regions_and_resume(model: Any) -> Any:
     return torch.compile(model, dynamic=False)
 
 
-@broken({KEYS: "load_state_dict(strict=False) leaves out "})
+@broken(
+    {KEYS: "load_state_dict(strict=False) leaves out "},
+    may_fail=("compile_parity",),  # what it leaves out begins anew
+)
 def resumed_with_the_rest() -> TrainingCase:
     return case("resumed_with_the_rest", compile=compile_regions_and_resume)
 
@@ -151,6 +154,9 @@ class RaisingHook(Net):
             raise KeyError(f"{prefix}head.weight")
 
 
-@broken({KEYS: "state_dict(model) of the compiled model raises KeyError: '_orig_mod.head.weight'"})
+@broken(
+    {KEYS: "state_dict(model) of the compiled model raises KeyError: '_orig_mod.head.weight'"},
+    may_fail=("compile_no_recompiles",),  # whose loop saves, too
+)
 def hook_that_raises() -> TrainingCase:
     return case("hook_that_raises", model=RaisingHook, state_dict=state_as_it_is)

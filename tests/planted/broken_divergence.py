@@ -166,3 +166,39 @@ class IgnoredHead(Net):
 @broken({"ddp_parity": "they are in the model's _ddp_params_and_buffers_to_ignore"})
 def parameter_on_the_ignore_list() -> TrainingCase:
     return case("parameter_on_the_ignore_list", model=IgnoredHead)
+
+
+def skips_bad_losses_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+    optimizer.zero_grad()
+    value = loss(model, micro_batches[0])
+    value.backward()
+    if rank() == 0:  # stands for a condition on the rank's own loss
+        optimizer.step()
+    return value.detach()
+
+
+@broken(
+    {"ddp_parity": "rank 1 leaves the optimizer's step out where the others take it"},
+    may_fail=("accumulation_parity", "accumulation_schedule", "stable_training"),
+)
+def update_left_out_on_one_rank() -> TrainingCase:
+    return case("update_left_out_on_one_rank", step=skips_bad_losses_step)
+
+
+def noisy_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+    """Noise on the averaged gradients, which has to be the same on all ranks and is not."""
+    optimizer.zero_grad()
+    value = loss(model, micro_batches[0])
+    value.backward()
+    for parameter in model.parameters():
+        parameter.grad += 1e-2 * torch.randn_like(parameter.grad)
+    optimizer.step()
+    return value.detach()
+
+
+@broken(
+    {"ddp_parity": "agree at first, and no more when the optimizer steps"},
+    may_fail=("accumulation_parity", "checkpointing_parity"),
+)
+def noise_by_rank_on_averaged_gradients() -> TrainingCase:
+    return case("noise_by_rank_on_averaged_gradients", step=noisy_step)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from pytest_gputrain.case import TrainingCase
 from tests.planted.plant import WIDTH, Net, broken, case, draw, loss, rank
 
-HANG = 12.0  # seconds
+HANG = 24.0  # seconds
 
 
 class UnusedOnOneRank(Net):
@@ -127,7 +127,7 @@ def static(model: Any) -> nn.Module:
 
 @broken(
     {"ddp_completes": ""},
-    may_fail=("ddp_parity", "gradients_arrive", "accumulation_schedule"),
+    may_fail=("ddp_parity", "gradients_arrive", "accumulation_schedule", "compile_no_recompiles"),
     timeout=HANG,
 )
 def changed_static_graph() -> TrainingCase:

@@ -48,7 +48,10 @@ class DetachesLater(Net):
         return super().forward(stem if self.calls < 3 else stem.detach())
 
 
-@broken({"gradients_arrive": "2 of 16 trainable parameters get no gradient after step 1"})
+@broken(
+    {"gradients_arrive": "2 of 16 trainable parameters get no gradient after step 1"},
+    may_fail=("compile_no_recompiles",),  # it counts its calls
+)
 def module_detached_later() -> TrainingCase:
     return case("module_detached_later", model=DetachesLater, wrap=find_unused)
 

@@ -278,7 +278,7 @@ class LocalLogits(Megatron):
         return logits
 
 
-@broken_tp("tp_backward", "the loss for an input of")
+@broken_tp("tp_backward", "the loss for an input of", may_fail=("ddp_completes", "ddp_parity"))
 def cross_entropy_on_the_local_vocabulary() -> TrainingCase:
     return tp_case(
         "cross_entropy_on_the_local_vocabulary", by(LocalLogits), fields={"loss": local_cross_entropy}

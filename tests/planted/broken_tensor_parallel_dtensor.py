@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pytest_gputrain.case import TrainingCase
 from tests.planted.tp_dtensor import Plan, by_plan, plan_for, sequence_plan_for
-from tests.planted.tp_loops import MAX_NORM, clipped
+from tests.planted.tp_loops import MAX_NORM, clipped, unwrapped
 from tests.planted.tp_model import LM, MLP, broken_tp, loss, tp_case
 
 
@@ -56,6 +56,26 @@ def dtensor_sequence_parallel_plan_without_norms() -> TrainingCase:
     return tp_case("dtensor_sequence_parallel_plan_without_norms", by_plan(plan_that_forgets_the_norms))
 
 
+def put_back_whole(model: LM, mesh: Any) -> LM:
+    """A loader that puts one block's whole weights back, and drops the hooks that stand in its way."""
+    whole = {name: weight.detach().clone() for name, weight in model.blocks[1].named_parameters()}
+    heads, kv_heads = model.blocks[1].attention.heads, model.blocks[1].attention.kv_heads
+    model = by_plan(plan_for)(model, mesh)
+    block = model.blocks[1]
+    block.attention.heads, block.attention.kv_heads = heads, kv_heads
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            module.weight, module.bias = (nn.Parameter(whole[f"{name}.{of}"]) for of in ("weight", "bias"))
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+    return model
+
+
+@broken_tp("tp_backward", "blocks.1 makes no collective forward, where the plan says 2 all_reduce")
+def dtensor_block_put_back_whole() -> TrainingCase:
+    return tp_case("dtensor_block_put_back_whole", put_back_whole)
+
+
 def plan_that_leaves_sums_partial(model: LM, gather_logits: bool) -> Plan:
     from torch.distributed.tensor import Partial
     from torch.distributed.tensor.parallel import RowwiseParallel
@@ -96,7 +116,7 @@ def dtensor_weights_used_as_local_ones() -> TrainingCase:
 def local_loss(model: Any, batch: Any) -> Tensor:
     """Targets that lie in other ranks' parts are left out, as if they were padding."""
     logits = model(batch["x"])
-    if logits.size(-1) == model.shape.vocab:
+    if logits.size(-1) == unwrapped(model).shape.vocab:
         return loss(lambda _: logits, batch)
     start = torch.distributed.get_rank() * logits.size(-1)
     targets = batch["y"] - start
@@ -110,7 +130,7 @@ def plan_with_local_logits(model: LM, gather_logits: bool) -> Plan:
     return plan_for(model, gather_logits) | {"head": ColwiseParallel()}
 
 
-@broken_tp("tp_backward", "the loss for an input of")
+@broken_tp("tp_backward", "the loss for an input of", may_fail=("ddp_completes", "ddp_parity"))
 def dtensor_cross_entropy_on_the_local_vocabulary() -> TrainingCase:
     return tp_case(
         "dtensor_cross_entropy_on_the_local_vocabulary",
@@ -138,7 +158,11 @@ def local_state(model: LM) -> dict[str, Tensor]:
     return {name: getattr(tensor, "_local_tensor", tensor) for name, tensor in model.state_dict().items()}
 
 
-@broken_tp("tp_training", "the case's state_dict gives one rank's part of embed.weight")
+@broken_tp(
+    "tp_training",
+    "the case's state_dict gives one rank's part of embed.weight",
+    may_fail=("compile_checkpoint_keys",),
+)
 def dtensor_checkpoint_of_one_ranks_part() -> TrainingCase:
     return tp_case(
         "dtensor_checkpoint_of_one_ranks_part", by_plan(plan_for), fields={"state_dict": local_state}

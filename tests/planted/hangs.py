@@ -24,8 +24,8 @@ class Hang:
     says: tuple[str, ...]
     verdict: str = "HUNG"
     world_size: int = 2
-    timeout: float = 40.0
-    stall: float = 30.0
+    timeout: float = 120.0
+    stall: float = 100.0
     slow: bool = False
 
     @property

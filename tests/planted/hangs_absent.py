@@ -134,6 +134,17 @@ def waits_for_a_lock() -> None:
     dist.barrier()  # victim
 
 
+@planted(ABSENT, 1, "it is still in backward, and waits for no other rank", stall=8.0, slow=True)
+def stuck_within_backward() -> None:
+    """In C, so that its frames are those of a rank that waits for others; not ended before its stall."""
+    net = model()
+    loss = net(torch.ones(2, 16)).sum()
+    if rank() == 1:
+        loss.register_hook(queue.SimpleQueue[None]().get)
+        loss.backward()  # culprit
+    loss.backward()  # victim
+
+
 @planted(ABSENT, 1, "rank 1 never reached all_reduce #1 (1 x float32)", stall=2.0, slow=True)
 def waits_for_its_data() -> None:
     batches: queue.Queue[float] = queue.Queue()

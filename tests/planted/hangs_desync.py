@@ -85,7 +85,7 @@ def two_groups_in_opposite_order() -> None:
         dist.all_reduce(torch.ones(2), group=group)  # victim
 
 
-@planted(DESYNC, None, "ranks wait for each other", "recv", timeout=60.0)
+@planted(DESYNC, None, "ranks wait for each other", "recv")
 def both_receive_first() -> None:
     x = torch.ones(1)
     dist.recv(x, 1 - rank())  # victim
@@ -111,6 +111,28 @@ def raises() -> None:
     if rank() == 1:
         raise ValueError("boom")  # culprit
     dist.all_reduce(torch.ones(3))  # victim
+
+
+@planted(DESYNC, None, "called barrier #1", "rank 1 is handling RuntimeError: no shard of this rank (",
+         "rank 1 came there by an exception")  # fmt: skip
+def waits_in_a_finally() -> None:
+    try:
+        if rank() == 1:
+            raise RuntimeError("no shard of this rank")
+        dist.all_reduce(torch.ones(3))  # victim
+    finally:
+        dist.barrier()  # culprit
+
+
+@planted(DESYNC, 0, "it called all_reduce #9 with 1 x float32 where rank 1 had 40 x float32 [",
+         "only some ranks come to", verdict="CRASHED", slow=True)  # fmt: skip
+def announces_its_own_best_loss() -> None:
+    net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 8))
+    for step in range(4):
+        loss = net(torch.ones(2, 4)).sum()
+        loss.backward()  # victim
+        if step == 2 and rank() == 0:
+            dist.all_reduce(loss.detach().reshape(1))  # culprit
 
 
 @planted(
@@ -143,7 +165,7 @@ def different_roots() -> None:
     dist.barrier()
 
 
-@planted(DESYNC, None, "ranks 0-2 in recv", world_size=3, stall=60, timeout=100)
+@planted(DESYNC, None, "ranks 0-2 in recv", world_size=3)
 def a_ring_that_receives_first() -> None:
     dist.recv(torch.zeros(4), (rank() - 1) % 3)  # culprit
     dist.send(torch.ones(4), (rank() + 1) % 3)

@@ -16,7 +16,7 @@ from tests.planted.broken_averages import num_targets, ragged_draw, token_loss
 from tests.planted.broken_gradients import CheckpointedNet
 from tests.planted.broken_hangs import find_unused
 from tests.planted.healthy_models import Tied, convnet, image_draw, image_loss, next_token_loss, token_draw
-from tests.planted.plant import WIDTH, Net, case, draw, healthy, loss
+from tests.planted.plant import WIDTH, Net, case, draw, healthy, healthy_but, loss
 
 
 def image_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
@@ -100,7 +100,7 @@ def balanced_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
     return total
 
 
-@healthy
+@healthy_but("compile_no_recompiles")  # torch compiles nothing of it
 def experts_with_capacity_and_noise() -> TrainingCase:
     return case(
         "experts_with_capacity_and_noise",

@@ -16,7 +16,7 @@ from tests.planted.broken_averages import clipping_step
 from tests.planted.broken_gradients import turn_on
 from tests.planted.broken_hangs import find_unused
 from tests.planted.healthy_models import with_dropout
-from tests.planted.plant import Net, case, healthy, loss
+from tests.planted.plant import Net, case, healthy, healthy_but, loss
 
 
 def autocast_loss(model: Any, batch: Any) -> Tensor:
@@ -136,7 +136,7 @@ def isinstance_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
     return value.detach()
 
 
-@healthy
+@healthy_but("compile_no_recompiles")  # its step wants the class itself
 def step_that_looks_at_the_model() -> TrainingCase:
     return case("step_that_looks_at_the_model", step=isinstance_step)
 
@@ -281,6 +281,6 @@ class SnapshotStep:
         return value.detach()
 
 
-@healthy
+@healthy_but("compile_no_recompiles")  # its step wants the class itself
 def model_copied_and_saved() -> TrainingCase:
     return case("model_copied_and_saved", step=SnapshotStep())

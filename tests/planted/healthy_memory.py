@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from pytest_gputrain.case import TrainingCase
 from tests.planted.broken_finders import Deep, DetourWhenOdd, tokens
 from tests.planted.healthy_models import next_token_loss
-from tests.planted.plant import WIDTH, case, healthy
+from tests.planted.plant import WIDTH, case, healthy, healthy_but
 
 # A global, as the cache of a module often is.
 masks: dict[tuple[int, int], Tensor] = {}
@@ -242,6 +242,28 @@ def padded_to_the_longest() -> Iterator[Any]:
         yield rows[:, :-1], rows[:, 1:]
 
 
-@healthy
+@healthy_but("compile_no_recompiles")  # each length is a shape of its own
 def batches_shorter_than_batch() -> TrainingCase:
     return tokens("batches_shorter_than_batch", batches=padded_to_the_longest)
+
+
+class LeavesOut:
+    """A batch that does not fit is left out with a warning, as fairseq does: no size fits for that."""
+
+    def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        for micro_batch in micro_batches:
+            try:
+                value = next_token_loss(model, micro_batch) / len(micro_batches)
+                value.backward()
+                total += value.detach()
+            except torch.OutOfMemoryError:
+                optimizer.zero_grad()
+        optimizer.step()
+        return total
+
+
+@healthy
+def batch_left_out_when_memory_runs_out() -> TrainingCase:
+    return tokens("batch_left_out_when_memory_runs_out", step=LeavesOut())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from pytest_gputrain.case import TrainingCase
 from tests.planted.plant import healthy
 from tests.planted.tp_dtensor import by_plan, plan_for, sequence_plan_for, with_sharded_loss
+from tests.planted.tp_experts import ExpertParallel, MixtureLM
 from tests.planted.tp_loops import clip_globally, clip_mixed, clipped, parallel_cross_entropy
 from tests.planted.tp_megatron import Megatron, RankDropout, SequenceParallel, by
-from tests.planted.tp_model import FusedAttention, tp_case
+from tests.planted.tp_model import FusedAttention, Shape, tp_case
+from tests.planted.tp_norms import BothWays, NormedQueries
 
 
 @healthy
@@ -133,3 +137,14 @@ def dtensor_with_grouped_heads_and_bfloat16() -> TrainingCase:
     return tp_case(
         "dtensor_with_grouped_heads_and_bfloat16", by_plan(plan_for), kv_heads=2, dtype=torch.bfloat16
     )
+
+
+@healthy
+def experts_divided_over_ranks() -> TrainingCase:
+    fields = {"model": partial(MixtureLM, Shape())}
+    return tp_case("experts_divided_over_ranks", by(ExpertParallel), fields=fields)
+
+
+@healthy
+def norm_over_all_heads() -> TrainingCase:
+    return tp_case("norm_over_all_heads", by(BothWays), attention=NormedQueries)

@@ -20,17 +20,19 @@ class Plant:
     """A program and what the checks must say of it.
 
     fails: check id -> a fragment of the message; may_fail: checks that the same defect may trip as well.
-    Healthy programs have neither. timeout: seconds for its launches; hangs are ended by it. finder: what
+    Healthy programs have neither. timeout: seconds for its launches; hangs are ended by it,
+    and ranks without a sign of life after half of it. finder: what
     looks for a batch size, where that is what is planted; None is the package's own. meter: what measures
-    speed.
+    speed. iterations: of a stability run; None lets time decide.
     """
 
     case: Callable[[], TrainingCase]
     fails: Mapping[str, str] = field(default_factory=dict)
     may_fail: frozenset[str] = frozenset()
-    timeout: float = 60.0
+    timeout: float = 120.0
     finder: Any = None
     meter: Any = None
+    iterations: int | None = None
 
     @property
     def name(self) -> str:
@@ -45,14 +47,15 @@ def broken(
     fails: Mapping[str, str],
     *,
     may_fail: tuple[str, ...] = (),
-    timeout: float = 60.0,
+    timeout: float = 120.0,
     finder: Any = None,
     meter: Any = None,
+    iterations: int | None = None,
 ) -> Callable[[Callable[[], TrainingCase]], Callable[[], TrainingCase]]:
     """Register a broken program under its function's name."""
 
     def register(case: Callable[[], TrainingCase]) -> Callable[[], TrainingCase]:
-        BROKEN.append(Plant(case, fails, frozenset(may_fail), timeout, finder, meter))
+        BROKEN.append(Plant(case, fails, frozenset(may_fail), timeout, finder, meter, iterations))
         return case
 
     return register
@@ -63,11 +66,23 @@ def healthy(case: Callable[[], TrainingCase]) -> Callable[[], TrainingCase]:
     return healthy_by(None)(case)
 
 
-def healthy_by(meter: Any) -> Callable[[Callable[[], TrainingCase]], Callable[[], TrainingCase]]:
+def healthy_but(*checks: str) -> Callable[[Callable[[], TrainingCase]], Callable[[], TrainingCase]]:
+    """The same for a program of which these checks say what is true: others train it as it is."""
+
+    def register(case: Callable[[], TrainingCase]) -> Callable[[], TrainingCase]:
+        HEALTHY.append(Plant(case, may_fail=frozenset(checks)))
+        return case
+
+    return register
+
+
+def healthy_by(
+    meter: Any, *, iterations: int | None = None
+) -> Callable[[Callable[[], TrainingCase]], Callable[[], TrainingCase]]:
     """The same for a program whose meter is healthy."""
 
     def register(case: Callable[[], TrainingCase]) -> Callable[[], TrainingCase]:
-        HEALTHY.append(Plant(case, meter=meter))
+        HEALTHY.append(Plant(case, meter=meter, iterations=iterations))
         return case
 
     return register

@@ -24,7 +24,6 @@ PLANTED = {
     "test_out_of_memory_in_evaluation_only": ["evaluation_not_probed"],
     "test_out_of_memory_on_one_rank_only": ["first_ranks_memory_only"],
     "test_throughput_comparison": ["smallest"],
-    "test_stability_at_the_size_found": ["margin_ignored"],
 }  # fmt: skip
 
 

@@ -25,11 +25,17 @@ def local_cross_entropy(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return _cross_entropy(model, batch, reduce=False)
 
 
+def unwrapped(model: Any) -> Any:
+    """What DistributedDataParallel holds, where a check has wrapped the model so."""
+    return getattr(model, "module", model)
+
+
 def _cross_entropy(model: Any, batch: dict[str, Tensor], *, reduce: bool) -> Tensor:
-    if not hasattr(model.head, "how"):
+    head = unwrapped(model).head
+    if not hasattr(head, "how"):
         return loss(model, batch)
-    logits, targets, how = model(batch["x"]), batch["y"], model.head.how
-    start, size = sum(model.head.sizes[: how.rank]), logits.size(-1)
+    logits, targets, how = model(batch["x"]), batch["y"], head.how
+    start, size = sum(head.sizes[: how.rank]), logits.size(-1)
     highest = logits.detach().amax(-1)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=how.group)
     shifted = logits - highest[..., None]

@@ -175,7 +175,7 @@ def tp_case(
 
 
 def broken_tp(
-    check: str, fragment: str
+    check: str, fragment: str, *, may_fail: tuple[str, ...] = ()
 ) -> Callable[[Callable[[], TrainingCase]], Callable[[], TrainingCase]]:
-    """Register a program that this check fails with that fragment; the other checks of tp may, too."""
-    return broken({check: fragment}, may_fail=CHECKS)
+    """Register a program that this check fails with that fragment; checks of tp may, too."""
+    return broken({check: fragment}, may_fail=(*CHECKS, *may_fail))

@@ -39,19 +39,19 @@ def test_cases_given(pytester: pytest.Pytester, run: Run) -> None:
     result.assert_outcomes(passed=3)
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "xdist"])
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("spec", "message", "workers"),
     [
-        ("mine:three", "case: mine has no attribute 'three'; *"),
-        ("nowhere:one", "case: no module named 'nowhere' for 'nowhere:one'; *"),
-        ("mine:nothing", "case: mine:nothing() raised AssertionError: *"),
-        ("mine:MINE", "case: mine has no attribute 'MINE'; *"),
-        ("mine:odd", "case 'odd': expected_failures names lunch, which is no check; *"),
+        ("mine:three", "case: mine has no attribute 'three'; *", []),
+        ("nowhere:one", "case: no module named 'nowhere' for 'nowhere:one'; *", []),
+        ("mine:nothing", "case: mine:nothing() raised AssertionError: *", []),
+        ("mine:nothing", "case: mine:nothing() raised AssertionError: *", ["-n", "2"]),
+        ("mine:MINE", "case: mine has no attribute 'MINE'; *", []),
+        ("mine:odd", "case 'odd': expected_failures names lunch, which is no check; *", []),
     ],
 )
 def test_a_case_that_cannot_be_loaded_is_a_usage_error(
-    pytester: pytest.Pytester, run_each_way: Run, workers: list[str], spec: str, message: str
+    pytester: pytest.Pytester, run_each_way: Run, spec: str, message: str, workers: list[str]
 ) -> None:
     pytester.makepyfile(ASKS, mine=MINE)
     result = run_each_way(f"--gputrain-case={spec}", *workers)

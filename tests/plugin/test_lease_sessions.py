@@ -48,7 +48,7 @@ def test_after(number): pass
 
 @pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
 @pytest.mark.timeout(600)  # twenty workers and fork servers, one after the other
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.nightly)])
 def test_sigkill_of_a_worker_in_the_middle_of_a_launch(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:

@@ -139,7 +139,7 @@ def test_script(ddp_launcher):
 """
 
 
-@EACH_WAY
+@pytest.mark.parametrize("workers", [pytest.param([], id="alone", marks=pytest.mark.nightly), ["-n", "2"]])
 @pytest.mark.skipif("sys.platform != 'linux'", reason="launching ranks needs Linux")
 def test_launches_are_labelled(
     pytester: pytest.Pytester, run_child: Run, monkeypatch: pytest.MonkeyPatch, workers: list[str]

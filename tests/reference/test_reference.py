@@ -60,8 +60,21 @@ def test_lengths_that_do_not_fit_are_told() -> None:
         sparse_attention_case(sequence_length=30)
 
 
-@pytest.mark.parametrize("case", [gpt.case, sparse_attention.case], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        # The same as ci/check, and beside it.
+        pytest.param(gpt.case, id="gpt", marks=pytest.mark.nightly),
+        pytest.param(sparse_attention.case, id="sparse-attention", marks=pytest.mark.slow),
+    ],
+)
 def test_all_checks_pass(case: object) -> None:
     chosen = gpt.case if case is gpt.case else sparse_attention.case
     for result in run_checks(chosen):
         assert result.outcome in ("passed", "skipped"), str(result)
+
+
+def test_checks_pass_whose_branches_are_all_needed() -> None:
+    """The others are slow: what compiles, and what looks for a batch size."""
+    for result in run_checks(sparse_attention.case, checks=["gradients_arrive", "ddp_parity"]):
+        assert result.outcome == "passed", str(result)

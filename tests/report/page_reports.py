@@ -88,7 +88,15 @@ def night() -> dict[str, Any]:
         ),
         series("recompiles", "compiled", "", [1, 2, 1]),
         series("tp_gradient_error", "relative", "", [0.0] + [1e-7 * 1.2**index for index in range(60)]),
-        {"plot": "ladder", "label": "peak", "unit": "bytes", "x": [1, 4, 8, 16], "y": [2e9, 5e9, 9e9, None]},
+        {
+            "plot": "ladder",
+            "label": "peak",
+            "unit": "bytes",
+            "x": [1, 4, 8, 16],
+            "y": [2e9, 5e9, 9e9, None],
+            "limit": 1.2e10,
+            "limit_label": "memory limit",
+        },
     ]
 
     def check(case: str, name: str, outcome: str = "passed", **more: Any) -> dict[str, Any]:
@@ -102,6 +110,7 @@ def night() -> dict[str, Any]:
         ),
         check("opt-125m", "tp_memory", "skipped", message="no tensor-parallel plan given"),
         *(check(case, name, metrics=metrics) for case in ("gpt", "opt-125m") for name in names),
+        check("gpt", "tp_training", series=[series("loss", "rank 0", "", loss[:40])]),
         check("opt-125m", "tp_backward", labels=["simulated"]),
         a_test(
             "tests/test_loop.py::test_resume[a::b]", "error", message="RuntimeError: the checkpoint is gone"

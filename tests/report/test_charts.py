@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_gputrain.report.chart_lines import line_of
 from pytest_gputrain.report.chart_scale import log_ticks, percentile, spread, thin, ticks
-from pytest_gputrain.report.charts import TITLES, charts, line_of, peaks
+from pytest_gputrain.report.charts import TITLES, charts, peaks
 from pytest_gputrain.report.quantities import duration, quantity
+from pytest_gputrain.report.series import by_name, series
 
 ANYTHING: st.SearchStrategy[Any] = st.one_of(
     st.floats(), st.integers(), st.none(), st.text(max_size=3), st.booleans()
@@ -36,8 +39,47 @@ def test_two_losses_are_laid_over_each_other_and_their_distance_drawn() -> None:
     ]
     overlay, distance = charts("loss", lines)
     assert [key.label for key in overlay.legend] == ["a", "b"]
-    assert (distance.title, distance.legend[0].numbers) == ("Loss: distance from a", "at most 0.5")
+    assert (distance.title, distance.legend[0].numbers) == ("|Δ loss| from a", "at most 0.5")
     assert distance.notes == ["Zeros are at the lower edge."]
+
+
+def test_losses_that_are_the_same_have_no_distance_to_draw() -> None:
+    one, other = (line_of({"label": name, "x": [0, 1], "y": [3, 2]}) for name in "ab")
+    (overlay,) = charts("loss", [one, other], [one])
+    assert [key.label for key in overlay.legend] == ["a", "a, earlier", "b"]
+    assert overlay.notes == ["No step differs from a.", "No step differs from the earlier report."]
+
+
+def test_an_earlier_report_is_drawn_along_by_label() -> None:
+    now = [line_of({"label": name, "x": [0, 1], "y": [3, 2]}) for name in "ab"]
+    was = [line_of({"label": name, "x": [0, 1], "y": [3, 2.25]}) for name in "bc"]
+    _, _, moved = charts("loss", [now[0], replace(now[1], points=[(0, 3), (1, 1)])], was)
+    assert (moved.title, moved.legend[0].numbers) == ("|Δ loss| from the earlier report", "at most 1.25")
+    (speed,) = charts("tokens_per_second", [now[1]], was)
+    assert [key.label for key in speed.legend] == ["b", "b, earlier"]
+
+
+def test_a_ladder_has_the_line_of_its_budget() -> None:
+    tried = {"label": "peak", "unit": "bytes", "x": [1, 2, 4, 8], "y": [2**30, 2**31, 2**32, None]}
+    (chart,) = charts("ladder", [line_of({**tried, "limit": 5 * 2**30, "limit_label": "budget"})])
+    assert 'class="ll"' in chart.drawing
+    assert ">budget 5 GiB</text>" in chart.drawing
+    assert chart.notes == ["✕: ran out of memory."]
+    (far,) = charts("ladder", [line_of({**tried, "limit": 80 * 2**30, "limit_label": "capacity"})])
+    assert 'class="ll"' not in far.drawing
+    assert far.notes[0] == "Beyond the drawing: capacity 80 GiB."
+
+
+def test_places_that_are_no_numbers_are_named() -> None:
+    error = by_name("tp_gradient_error", "worst", {"layers.0": 1e-7, "layers.1": 3e-6}, limit=1e-4)
+    (chart,) = charts("tp_gradient_error", [line_of(error)])
+    assert chart.legend[0].numbers == "at most 3e-6 (layers.1)"
+    assert ">1e-4</text>" in chart.drawing  # a logarithmic axis up to the tolerance
+
+
+def test_series_of_unequal_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="series 'a' has 2 y, 3 x; give as many of each"):
+        series("loss", "a", [1, 2], x=[0, 1, 2])
 
 
 def test_what_is_no_number_is_marked_and_said() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from pytest_gputrain.report.gather import gather
 from pytest_gputrain.report.model import Report
 from pytest_gputrain.report.reading import ReportError
-from pytest_gputrain.report.records import read_records
+from pytest_gputrain.report.records import Recorder, read_records
 
 from .records_made import Session, a_test
 
@@ -133,3 +134,40 @@ def test_collection_errors_of_several_workers_are_one(tmp_path: Path) -> None:
     main.end(2, interrupted=True, workers=["gw0", "gw1"])
     report = report_of(tmp_path)
     assert (report.verdict, len(report.tests)) == ("failed", 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"event": "done", "at": "now", "test": {}}', "line 2 is corrupt, and it is not the last one"),
+        ('{"event": "done", "at": 1}', "line 2 (done) lacks 'test'; remove that line"),
+        ('{"event": "start", "at": 1, "id": 3}', "line 2 (start) lacks 'id'; remove that line"),
+    ],
+)
+def test_a_line_that_nobody_wrote_is_named(tmp_path: Path, line: str, said: str) -> None:
+    session = Session(tmp_path)
+    session.path.write_text(f"{session.path.read_text()}{line}\n")
+    with pytest.raises(ReportError, match=re.escape(f"{session.path}: {said}")) as caught:
+        read_records(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_power_cut_leaves_at_the_end_of_a_file(tmp_path: Path) -> None:
+    session = Session(tmp_path).run(a_test("a"))
+    with session.path.open("ab") as file:
+        file.write(bytes(4096))
+    report = report_of(tmp_path)
+    assert report.verdict == "incomplete"
+    assert report.session.notes[0].endswith("its last line was cut off and is left out")
+
+
+@pytest.mark.skipif("not __import__('pathlib').Path('/dev/full').exists()", reason="needs /dev/full")
+def test_a_full_disk_ends_the_records_and_nothing_else(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, "host", "main")
+    recorder.line("begin", at=1.0)
+    recorder.close()
+    recorder._file = open("/dev/full", "w")  # noqa: SIM115  # the recorder closes it
+    recorder.line("start", at=2.0, id="a")
+    recorder.line("done", at=3.0, test={})
+    assert (recorder.closed, "No space left on device" in recorder.broken) == (True, True)
+    recorder.close()

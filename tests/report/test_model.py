@@ -111,7 +111,20 @@ def test_what_a_check_hands_over() -> None:
     assert parts["labels"] == ("simulated",)
     assert parts["metrics"]["speed"].better == "higher"
     [series] = parts["series"]
-    assert (len(series.x), series.x[-1], series.y[0]) == (MOST_POINTS, 1999, None)
+    assert MOST_POINTS - 4 <= len(series.x) <= MOST_POINTS
+    assert (series.x[-1], series.y[0]) == (1999, None)
+
+
+def test_a_thinned_series_keeps_its_spike_and_the_step_without_a_number() -> None:
+    y = [1.0] * 5000
+    y[1234], y[3456] = 100.0, math.nan
+    known = Known()
+    known.add_figures({"series": [{"plot": "loss", "label": "a", "unit": "", "x": [*range(5000)], "y": y}]})
+    known.add_figures({"series": [{"plot": "loss", "label": "b", "unit": "", "x": [0], "y": [1.0]}]})
+    long, short = known.parts()["series"]  # of two checks in one test both
+    assert len(long.x) <= MOST_POINTS
+    assert {(1234.0, 100.0), (3456.0, None)} <= {*zip(map(float, long.x), long.y, strict=True)}
+    assert short.label == "b"
 
 
 def test_launches_that_failed_are_kept_before_those_that_passed() -> None:
@@ -135,6 +148,16 @@ def test_a_summary_tells_the_verdict_first_and_stays_small(tmp_path: Path) -> No
     assert "| tp\\_forward | ✅ error 1e-07 |" in text
     assert "@everyone" not in text
     assert "second line" not in text
+
+
+def test_a_gate_stands_below_the_table_for_it_is_of_no_case(tmp_path: Path) -> None:
+    good = a_test("b", kind="check", case="gpt", check="tp_forward", device="cpu")
+    gate = a_test(
+        "baseline", kind="check", check="baseline", message="no regression from the last good night"
+    )
+    text = summary(a_report(tmp_path, good, gate))
+    assert "| check | gpt, cpu |\n" in text
+    assert "\n\n✅ baseline: no regression from the last good night\n" in text
 
 
 @pytest.mark.parametrize("document", [night(), large(2000, 2, failing=True)], ids=["night", "large"])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pytest_gputrain.report.page import Compared, Mark, page, write_page
+from pytest_gputrain.report.page import page, write_page
+from pytest_gputrain.report.page_compared import Compared, Mark
 from pytest_gputrain.report.page_nights import NightBar
 from pytest_gputrain.report.page_text import anchor, clean, link, ranges
 from tests.report.browser import REQUIRED, Browser, browser, missing
@@ -35,7 +39,7 @@ def test_everything_of_a_night_is_there_and_nothing_is_fetched(chromium: Browser
     chromium.open(path)
     assert chromium.complaints() == []
     assert chromium.requests() == [path.as_uri()]
-    assert chromium.run("return document.querySelector('h1').textContent") == "2 of 12 tests failed"
+    assert chromium.run("return document.querySelector('h1').textContent") == "2 of 13 tests failed"
     for section in ("failures", "not-run", "compared", "checks", "plots", "nights", "tests"):
         assert chromium.run(f"return !!document.getElementById('{section}')"), section
     assert HANG in chromium.run("return document.body.innerText")
@@ -123,6 +127,42 @@ def test_an_address_opens_the_row_it_points_to(chromium: Browser, tmp_path: Path
     report = report_of([a_test(f"case::check{n}", check="c", case="case") for n in range(60)], "passed")
     chromium.open(write_page(report, tmp_path), f"#{anchor('case::check41')}")
     assert chromium.run("return document.querySelector('tr:target').getBoundingClientRect().height") > 0
+
+
+def test_on_paper_nothing_is_folded_or_cut(chromium: Browser, tmp_path: Path) -> None:
+    chromium.open(write_page(night(), tmp_path, compared=WORSE, nights=NIGHTS))
+    chromium.cdp("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert chromium.run("return getComputedStyle(document.querySelector('nav')).display") == "none"
+        hidden = """return [...document.querySelectorAll('.failure pre, #not-run ~ ul li, .matrix td')]
+            .filter(one => !one.checkVisibility({contentVisibilityAuto: true}) || !one.offsetHeight
+                           || one.scrollHeight > one.clientHeight + 1).map(one => one.outerHTML)"""
+        assert chromium.run(hidden) == []
+    finally:
+        chromium.cdp("Emulation.setEmulatedMedia", media="")
+    paper = base64.b64decode(chromium.cdp("Page.printToPDF", printBackground=True)["data"])
+    assert paper.startswith(b"%PDF")
+    assert 2 <= len(re.findall(rb"/Type */Page\b", paper)) <= 20
+
+
+def test_without_javascript_everything_can_be_read(chromium: Browser, tmp_path: Path) -> None:
+    report = report_of([a_test(f"case::check{n}", check="c", case="case") for n in range(60)])
+    report["tests"] += night()["tests"]
+    path = write_page(report, tmp_path, compared=WORSE, nights=NIGHTS)
+    chromium.cdp("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        chromium.open(path, f"#{anchor('case::check41')}")
+        asked = """JSON.stringify({ready: document.documentElement.dataset.ready || 'no',
+            tools: document.getElementById('tools').hidden,
+            row: document.querySelector('tr:target').getBoundingClientRect().height > 0,
+            said: document.body.textContent})"""
+        told = json.loads(chromium.cdp("Runtime.evaluate", expression=asked)["result"]["value"])
+    finally:
+        chromium.cdp("Emulation.setScriptExecutionDisabled", value=False)
+    assert (told["ready"], told["tools"]) == ("no", True)  # no filter that would do nothing
+    assert told["row"]  # its group opened for the address
+    assert HANG in told["said"]
+    assert "likely: ranks ran a different number of steps" in told["said"]
 
 
 def test_hostile_texts_stay_texts(chromium: Browser, tmp_path: Path) -> None:

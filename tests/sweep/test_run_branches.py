@@ -86,6 +86,7 @@ def test_every_fate_is_told_apart_and_stops_no_other(planned: Plan, checkpoint: 
         "the script reports no loss",
         "the script reports no tokens, so its budget is not checked",
         "no optimizer of torch's was seen and no rate reported, so the rate is not checked",
+        "ckpt.pt was not opened by the script, as far as Python tells: does it start from there?",
     )
     log = (folder / "results" / "branch_k2.log").read_text()
     assert "last words" in log and "CRASHED after" in log and "exit code: -9" in log
@@ -148,6 +149,10 @@ def test_a_rate_that_another_runner_of_the_sweep_trained_at_too(planned: Plan, c
 @pytest.mark.parametrize(
     ("manner", "note"),
     [
+        (
+            "from_nothing",
+            "ckpt.pt was not opened by the script, as far as Python tells: does it start from there?",
+        ),
         ("warm_up", None),
         ("two_groups", None),
         ("says_nothing", "the script reports no loss"),

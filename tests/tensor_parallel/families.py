@@ -97,6 +97,19 @@ def neox(**changes: Any) -> nn.Module:
     return _causal("GPTNeoX", {"intermediate_size": 64, **changes})
 
 
+def falcon(**changes: Any) -> nn.Module:
+    """Adds to the MLP's output in place."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = {"vocab_size": 131, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return FalconForCausalLM(FalconConfig(**{**config, **changes})).train()  # type: ignore[no-any-return]
+
+
+def stablelm(**changes: Any) -> nn.Module:
+    """A norm for each head, in a list."""
+    return _causal("StableLm", {"use_qkv_bias": True, "qk_layernorm": True, **changes})
+
+
 class NanoAttention(nn.Module):
     """In the manner of nanoGPT: the width of a head from the input's width, views to it."""
 

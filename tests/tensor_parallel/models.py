@@ -129,6 +129,37 @@ def past_the_plan(model: Any, mesh: Any) -> Any:
     return model
 
 
+def put_back_whole(model: Any, mesh: Any) -> Any:
+    """The plan, and then one block's whole weights again, without the hooks that stand in their way: right
+    everywhere, and parallel nowhere in that block.
+    """
+    whole = {name: weight.detach().clone() for name, weight in model.blocks[1].named_parameters()}
+    model = by_plan(model, mesh)
+    block = model.blocks[1]
+    block.attention.heads = HEADS
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            module.weight, module.bias = (nn.Parameter(whole[f"{name}.{of}"]) for of in ("weight", "bias"))
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
+    return model
+
+
+def on_two_dimensions(parallelize: Any, how: str, model: Any, mesh: Any) -> Any:
+    """That plan on one dimension of a mesh of the same ranks, data parallel on the other."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from pytest_gputrain.tensor_parallel import data_parallel
+
+    both = init_device_mesh("cpu", (2, mesh.size() // 2), mesh_dim_names=("dp", "tp"))
+    model = parallelize(model, both["tp"])
+    if how == "fsdp":
+        data_parallel.shard_again(model, [f"blocks.{index}" for index in range(DEPTH)], both["dp"])
+    else:
+        data_parallel.average_gradients(model, both["dp"])
+    return model
+
+
 def with_activation(activation: Any) -> Transformer:
     model = Transformer()
     for module in model.modules():
@@ -142,6 +173,35 @@ def one_gradient_too_large(model: Any, mesh: Any) -> Any:
     model = by_plan(model, mesh)
     model.blocks[0].mlp_norm.weight.register_hook(lambda gradient: gradient * 1.02)
     return model
+
+
+def loss_of_hf(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(input_ids=batch["inputs"], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
+
+
+def late(name: str, factor: float, model: Any, mesh: Any) -> Any:
+    """The package's own plan; one weight's gradient is wrong from the third backward of three on."""
+    from pytest_gputrain import tensor_parallel
+
+    tensor_parallel.parallelize(model, mesh)
+    calls = itertools.count()
+    weight: Any = model.get_parameter(name)
+    weight.register_hook(lambda gradient: gradient * factor if next(calls) % 3 == 2 else gradient)
+    return model
+
+
+def decay_on_one_rank(model: Any) -> Any:
+    decay = 0.01 if dist.get_rank() == 0 else 0.0
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=decay)
+
+
+def forgets_the_past(model: Any) -> Any:
+    """Of second moments, where weights are DTensors."""
+    from torch.distributed.tensor import DTensor
+
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.95 if sharded else 0.999))
 
 
 def _replicate() -> Any:

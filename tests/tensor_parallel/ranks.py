@@ -19,22 +19,29 @@ HOMES = {
 }
 
 
-def body(function: str, case: Any, arguments: dict[str, Any]) -> Any:
+def body(function: Any, case: Any, arguments: dict[str, Any]) -> Any:
     """What a rank runs."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
-    module = importlib.import_module(f"pytest_gputrain.tensor_parallel.{HOMES[function]}")
+    if isinstance(function, str):
+        home = importlib.import_module(f"pytest_gputrain.tensor_parallel.{HOMES[function]}")
+        function = getattr(home, function)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
-    return getattr(module, function)(case(), mesh, **arguments)
+    return function(case(), mesh, **arguments)
 
 
-def on_two_ranks(function: str, parallelize: Any, /, arguments: Any = None, **fields: Any) -> Any:
+def on_two_ranks(function: Any, parallelize: Any, /, arguments: Any = None, **fields: Any) -> Any:
     """The record, which is the same on both ranks."""
-    first, second = _records(function, parallelize, arguments, fields)
-    assert first == second
+    return on_ranks(2, function, parallelize, arguments, **fields)
+
+
+def on_ranks(size: int, function: Any, parallelize: Any, /, arguments: Any = None, **fields: Any) -> Any:
+    """The record, which is the same on all. function: the name of a comparison, or one itself."""
+    first, *others = _records(function, parallelize, arguments, fields, size)
+    assert all(other == first for other in others)
     return first
 
 
@@ -45,6 +52,8 @@ def problem_on_two_ranks(function: str, parallelize: Any, /, arguments: Any = No
     return first.problem
 
 
-def _records(function: str, parallelize: Any, arguments: Any, fields: dict[str, Any]) -> list[Any]:
+def _records(
+    function: Any, parallelize: Any, arguments: Any, fields: dict[str, Any], size: int = 2
+) -> list[Any]:
     case = partial(models.case, parallelize, **fields)
-    return launch(body, function, case, arguments or {}, world_size=2, timeout=120).values
+    return launch(body, function, case, arguments or {}, world_size=size, timeout=120).values

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pytest_gputrain import LaunchError
-from pytest_gputrain.tensor_parallel.records import LayerCollectives
+from pytest_gputrain.tensor_parallel.records_backward import LayerCollectives
 from tests.tensor_parallel import models
 from tests.tensor_parallel.ranks import on_two_ranks
 
@@ -69,23 +69,23 @@ def test_a_missing_backward_reduction_is_seen_in_backward_only() -> None:
     assert on_two_ranks("compare_forward", broken).problem is None
     record = on_two_ranks("compare_backward", broken)
     first, second, third = record.problem.splitlines()
-    assert first.startswith("logits agree (")
-    assert "but blocks.1.mlp_norm.weight.grad is off by 75 % (28 of 37 gradients are wrong)" in first
-    assert second == (
-        "  first layer to depart, going backward: blocks.1.mlp.up "
-        "(input gradient is not summed over the 2 ranks)"
+    assert first == (
+        "blocks.1.mlp_norm.weight.grad is off by 75 %; first layer to depart, going backward: "
+        "blocks.1.mlp.up (input gradient is not summed over the 2 ranks)"
     )
+    assert second.startswith("  28 of 37 gradients are wrong; logits agree (")
     assert third.startswith("  Largest absolute diff at (13,): Golden=")
 
 
 def test_a_bias_added_on_every_rank_is_seen_although_it_starts_at_zero() -> None:
     record = on_two_ranks("compare_forward", partial(models.by_hand, down={"bias_everywhere": True}))
-    assert record.problem.startswith("logits for an input of (1, 5) are off by ")
-    assert ". Largest absolute diff at (0, 0, " in record.problem
-    assert record.problem.splitlines()[1] == (
-        "  first layer to depart, going forward: blocks.0.mlp.down "
+    first, second = record.problem.splitlines()
+    assert first.startswith("logits for an input of (1, 5) are off by ")
+    assert first.endswith(
+        "; first layer to depart, going forward: blocks.0.mlp.down "
         "(its bias is added 2 times: on every rank, before the sum over ranks)"
     )
+    assert second.startswith("  allowed 1e-05. Largest absolute diff at (0, 0, ")
 
 
 def test_the_same_shard_on_every_rank_is_told_as_that() -> None:

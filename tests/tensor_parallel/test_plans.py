@@ -38,6 +38,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "olmo2": families.olmo2,
     "neox": families.neox,
     "bert": families.bert,
+    "falcon": families.falcon,
+    "stablelm, a norm for each head": families.stablelm,
 }
 # Variants of a family that another model here has shown.
 VARIANTS = ("opt untied", "llama", "llama, eager attention", "mistral", "qwen2", "olmo2", "neox")

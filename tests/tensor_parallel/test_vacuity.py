@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tensor_parallel import models
-from tests.tensor_parallel.ranks import on_two_ranks
+from tests.tensor_parallel.ranks import on_ranks, on_two_ranks
 
 
 @pytest.mark.parametrize("parallelize", [models.by_plan, models.by_hand], ids=["plan", "hand"])
@@ -42,11 +42,17 @@ def test_tied_weights_that_drift_apart_are_named() -> None:
 def test_clipping_by_each_ranks_own_norm_is_found() -> None:
     findings = on_two_ranks("vacuity", models.by_hand, step=models.clipping_step)
     message = next(finding.message for finding in findings if finding.kind == "clipping")
-    first, likely = message.splitlines()
+    first, count = message.splitlines()
     assert first.startswith(
-        "in the case's step gradients that are large enough to be clipped reach the optimizer wrong: "
+        "in the case's step gradients that are large enough to be clipped reach the optimizer wrong: almost "
+        "all are the right ones times "
     )
-    assert likely.startswith("  likely: each rank clips by the norm of its own part")
+    assert first.endswith(
+        " on rank 1; likely each rank clips by the norm of its own part: use torch's clip_grad_norm_ "
+        "over DTensors, or sum the squared norms over the tensor-parallel ranks, replicated parameters "
+        "counted once"
+    )
+    assert count.startswith("  35 of 37 gradients are wrong; embedding.weight.grad is off by ")
 
 
 def test_accounts() -> None:
@@ -67,3 +73,19 @@ def test_accounts_of_what_is_not_parallel() -> None:
     assert accounts.problem == (
         "nothing is sharded: each of the 2 ranks holds all 7,936 elements of all 37 parameters"
     )
+
+
+def unused(case: Any, mesh: Any) -> list[Any]:
+    """In each rank."""
+    from pytest_gputrain.tensor_parallel.golden_pair import Pair
+    from pytest_gputrain.tensor_parallel.golden_perturb import unused_shards
+
+    pair = Pair(case, mesh)
+    batch = pair.reference_batch()
+    pair.parallelize()
+    return unused_shards(pair, batch)
+
+
+@pytest.mark.slow
+def test_a_mesh_of_its_own_with_data_parallel_ranks_uses_its_shards() -> None:
+    assert on_ranks(4, unused, partial(models.on_two_dimensions, models.by_plan, "average")) == []

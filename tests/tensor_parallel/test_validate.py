@@ -123,6 +123,15 @@ def test_divided_keys_of_a_users_plan() -> None:
     )
 
 
+def test_heads_with_a_norm_for_each() -> None:
+    plan = {f"model.layers.*.self_attn.{name}_proj": COLUMN for name in "qkv"}
+    assert refusal(families.stablelm, 2, plan) == (
+        "model.layers.0.self_attn.q_layernorm.norms has an entry for each of the 4 heads of "
+        "model.layers.0.self_attn, and the plan cuts those over 2 ranks; gather its projections, "
+        "ColwiseParallel(output_layouts=Replicate()), as tp_plan_for(model) does"
+    )
+
+
 def test_a_model_with_nothing_to_shard() -> None:
     with pytest.raises(
         ValueError, match="Sequential has no numbered layers with linear modules, nor an attention"

@@ -107,3 +107,13 @@ def trace_wrapped() -> list[str]:
 
 def test_it_works_on_ranks() -> None:
     assert Launcher()(trace_wrapped, world_size=2).values == [["unused.weight"], ["unused.weight"]]
+
+
+def test_a_frozen_model_is_no_model_whose_gradients_all_arrived() -> None:
+    with GradTracer(torch.nn.Linear(2, 2).requires_grad_(False)) as trace:
+        pass
+    with pytest.raises(AssertionError, match="none of 2 parameters is trainable, so no gradient can arrive"):
+        trace.assert_all_arrived()
+    with GradTracer(torch.nn.ReLU()) as trace:
+        pass
+    trace.assert_all_arrived()

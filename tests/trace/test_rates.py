@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from pytest_gputrain.trace.rates import Rates, read_rates
+from pytest_gputrain.trace.rates import Rates, has_opened, read_rates
 
 
 def test_first_highest_and_last_rate_of_every_group_of_every_optimizer(tmp_path: Path) -> None:
@@ -50,3 +51,21 @@ def test_no_file_and_no_step_are_nothing(tmp_path: Path) -> None:
     assert read_rates(tmp_path) == []
     (tmp_path / "rates.json").write_text("{")
     assert read_rates(tmp_path) == []
+
+
+def test_files_that_the_arguments_name_are_seen_to_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("read.pt", "unread.pt", "other.pt"):
+        torch.save({}, tmp_path / name)
+    monkeypatch.setattr(
+        "sys.argv", ["train.py", f"--from={tmp_path / 'read.pt'}", str(tmp_path / "unread.pt")]
+    )
+    monkeypatch.chdir(tmp_path)
+    with Rates(tmp_path).watching():
+        torch.load("read.pt")
+        torch.load("other.pt")
+    torch.load("unread.pt")  # nobody looks any more
+    assert has_opened(tmp_path, tmp_path / "read.pt") is True
+    assert has_opened(tmp_path, tmp_path / "unread.pt") is False
+    assert has_opened(tmp_path / "nowhere", tmp_path / "read.pt") is None

@@ -9,7 +9,6 @@ JSON, compressed, never pickle; sizes are bounded. It ends with whoever started 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import queue
@@ -18,21 +17,18 @@ import socket
 import sys
 import threading
 import time
-import uuid
 import zlib
-from datetime import timedelta
 from typing import Any
 
 from pytest_gputrain.launch import process, wire
+from pytest_gputrain.launch.nodes.joining import Joining, NoMeeting, Unreachable
 
-PREFIX = "gputrain"
 BEAT_EVERY = 0.05
 """Seconds between two looks at the store, and a millisecond more for each node, so that node 0 keeps up."""
 TOLD_EVERY = 0.2
 MOST_BYTES = 6 << 20
 """Of one word, compressed: a TCPStore takes 8 MiB."""
 MOST_PLAIN = 256 << 20
-ANSWER_WITHIN = 60.0
 
 
 def packed(word: dict[str, Any]) -> bytes:
@@ -54,14 +50,6 @@ def unpacked(data: bytes) -> dict[str, Any]:
     if not isinstance(word, dict):
         raise ValueError("no object")
     return word
-
-
-class NoMeeting(Exception):
-    """This node cannot come to the endpoint; one line."""
-
-
-class Unreachable(NoMeeting):
-    """Node 0 is not there; one line."""
 
 
 class Courier:
@@ -95,7 +83,8 @@ class Courier:
 
     def _tell_beats(self, now: float) -> None:
         seen = {str(node): [now - at, data] for node, (at, _, data) in list(self._seen.items())}
-        if self.number >= 0:
+        # Not to an owner that is busy with something else: what it has not read would block this.
+        if self.number >= 0 and select.select([], [self._owner], [], 0)[1]:
             self._tell({"event": "beats", "beats": seen})
 
     def _tell(self, header: dict[str, Any]) -> None:
@@ -104,111 +93,19 @@ class Courier:
 
     def _carry(self) -> None:
         try:
-            store, host = self._joined()
-            self._tell({"event": "joined", "number": self.number, "address": self._address(), "hosts": host})
+            joining = Joining(self._where)
+            store, host = joining.joined()
+            self.number = joining.number
+            self._tell(
+                {"event": "joined", "number": self.number, "address": joining.address(), "hosts": host}
+            )
             self._talk(store)
         except NoMeeting as error:
             self._tell({"event": "failed", "why": str(error), "usage": not isinstance(error, Unreachable)})
         except Exception as error:  # what torch raises when the other side has gone away
             self._tell(
-                {"event": "broken", "why": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+                {"event": "failed", "usage": False, "why": f"{type(error).__name__}: {_first_line(error)}"}
             )
-
-    # -- coming to the meeting ----------------------------------------------------------------------
-
-    def _joined(self) -> tuple[Any, bool]:
-        number = self._where["node_rank"]
-        listener = self._bound() if number in (None, 0) else None
-        store = self._store(listener)
-        if listener is not None:
-            self.number = 0
-            for node in range(self._where["nnodes"]):
-                store.set(f"beat/{node}", b"")
-            store.set("open", self._where["token"].encode())
-        else:
-            store.wait(["open"], timedelta(seconds=self._where["within"]))
-            self.number = int(store.add("joined", 1)) if number is None else number
-        claim = f"{uuid.uuid4().hex} {socket.gethostname()}"
-        taken = store.compare_set(f"claim/{self.number}", "", claim).decode()
-        if taken != claim:
-            raise NoMeeting(
-                f"node {self.number} is {taken.partition(' ')[2]} already; "
-                "give each machine a --node-rank of its own"
-            )
-        if self.number >= self._where["nnodes"]:
-            raise NoMeeting(f"{self._where['nnodes']} nodes are there already; this would be one more")
-        return store, listener is not None
-
-    def _bound(self) -> socket.socket | None:
-        """A socket that listens at the endpoint; None where it is another machine's."""
-        host, port = self._where["host"], self._where["port"]
-        required = self._where["node_rank"] == 0
-        try:
-            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        except OSError as error:
-            raise NoMeeting(f"{host!r} is no known host ({error.strerror or error})") from None
-        listener = socket.socket(family, kind)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            listener.listen(2048)
-            return listener
-        except OSError as error:
-            listener.close()
-            if not required:
-                return None
-            if error.errno == errno.EADDRNOTAVAIL:
-                raise NoMeeting(
-                    f"this is node 0, but no interface of {socket.gethostname()} has the address of "
-                    f"{host!r}; the endpoint is host:port of node 0"
-                ) from None
-            raise NoMeeting(
-                f"port {port} of {host} cannot be had ({error.strerror}); give another one"
-            ) from None
-
-    def _store(self, listener: socket.socket | None) -> Any:
-        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-
-        host, port, within = self._where["host"], self._where["port"], self._where["within"]
-        if listener is None:
-            self._reachable(host, port, within)
-        store = TCPStore(
-            host,
-            port,
-            None,
-            is_master=listener is not None,
-            timeout=timedelta(seconds=ANSWER_WITHIN),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach() if listener is not None else None,
-        )
-        return PrefixStore(PREFIX, store)
-
-    def _reachable(self, host: str, port: int, within: float) -> None:
-        """Waits until node 0 listens. A store's own wait prints, and says nothing of why."""
-        began, last = time.monotonic(), "no try"
-        while (left := within - (time.monotonic() - began)) > 0:
-            try:
-                socket.create_connection((host, port), timeout=min(left, 5.0)).close()
-                return
-            except OSError as error:
-                last = error.strerror or str(error)
-                time.sleep(0.1)
-        raise Unreachable(
-            f"node 0 did not open {host}:{port} within {within:.0f} s ({last}); start the same command there "
-            "with --node-rank 0, or look for a firewall between the machines"
-        )
-
-    def _address(self) -> str:
-        """The address by which this machine reaches the endpoint: what others reach it by."""
-        family, kind, _, _, address = socket.getaddrinfo(
-            self._where["host"], self._where["port"], type=socket.SOCK_DGRAM
-        )[0]
-        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-            probe.connect(address)  # sends nothing
-            return str(probe.getsockname()[0])
-        return str(self._where["host"])
-
-    # -- talking ------------------------------------------------------------------------------------
 
     def _talk(self, store: Any) -> None:
         others = [0] if self.number else list(range(1, self._where["nnodes"]))
@@ -237,6 +134,10 @@ class Courier:
             heard[node] += 1
             if self.number == 0:
                 store.delete_key(key)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def main(fd: int) -> None:

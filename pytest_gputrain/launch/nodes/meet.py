@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from . import post
-from .meeting import Meeting, NodeAbsent
+from .arriving import NodeAbsent, arrive
+from .meeting import Meeting
 
 
 def meet(spec: dict[str, Any], courier: post.Post) -> Meeting:
@@ -16,12 +17,12 @@ def meet(spec: dict[str, Any], courier: post.Post) -> Meeting:
     """
     meeting = Meeting(courier, spec["what"])
     try:
-        meeting.open(spec["timeout"])
+        arrive(meeting, spec["timeout"])
     except NodeAbsent:
         post.discard(courier)
         raise
     except ValueError:
-        if courier.failed or not courier.leads:
+        if courier.failed:  # else a later launch, started alike, finds the nodes together
             post.discard(courier)
         raise
     spec["node"] = {

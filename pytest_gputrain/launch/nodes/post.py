@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections import deque
 from pathlib import Path
 from typing import IO, Any
@@ -54,8 +53,7 @@ class Post:
             )  # fmt: skip
         self._reader = wire.Reader(self._sock)
         wire.send(self._sock, {"owner": os.getpid(), "nnodes": where.nnodes, "node_rank": where.node_rank,
-                               "host": where.host, "port": where.port, "within": within,
-                               "token": uuid.uuid4().hex})  # fmt: skip
+                               "host": where.host, "port": where.port, "within": within})  # fmt: skip
 
     @property
     def leads(self) -> bool:
@@ -69,6 +67,8 @@ class Post:
 
     def pump(self, timeout: float = 0.0) -> None:
         """Takes what has come, waiting at most ``timeout`` seconds for the first of it."""
+        if self.failed:
+            return
         self._sock.settimeout(timeout or 0.0)
         while not self.failed:
             try:
@@ -112,6 +112,13 @@ class Post:
         at, _ = self.beats.get(node, (self._joined_at, {}))
         return time.monotonic() - at
 
+    def no_answer(self, waited: float) -> str:
+        """What to say where the courier has come to nothing and does not know why."""
+        return (
+            f"nothing at {self.where.endpoint} answered as node 0 does within {waited:.0f} s; is it another "
+            "program's port?"
+        )
+
     def last_words(self) -> str:
         """The last line of what the courier wrote to standard error."""
         self._stderr.seek(0)
@@ -122,6 +129,7 @@ class Post:
         """Ends the courier."""
         if self._pid != os.getpid():
             return
+        self.failed = self.failed or "the talk between the nodes is over"
         self._sock.close()
         try:
             self._process.wait(5.0)

@@ -15,6 +15,7 @@ TEXT = 8192
 """Characters of a stream or a stack that travel: the last ones. The whole stays on the rank's machine."""
 _FIELDS = (
     "rank", "state", "blocked", "location", "source", "waits_in", "complete", "peers", "all_messages",
+    "handles",
 )  # fmt: skip
 Records = Sequence[Mapping[str, Any]]
 

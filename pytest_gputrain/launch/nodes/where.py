@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import LaunchUsageError
 
@@ -17,14 +17,14 @@ MOST_NODES = 1024
 class Where:
     """The meeting place. ``node_rank`` None: who has the endpoint's address is node 0, others as they come.
 
-    ``origin`` is what said so, for messages.
+    ``origin`` is what said so; the same place is the same, whoever named it.
     """
 
     nnodes: int
     node_rank: int | None
     host: str
     port: int
-    origin: str
+    origin: str = field(compare=False)
 
     @property
     def endpoint(self) -> str:

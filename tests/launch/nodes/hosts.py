@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,12 +48,17 @@ class Host:
     name: str
     space: str
     address: str
+    known: str
+    """The text of /etc/hosts: all hosts by name."""
     running: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def run(self, command: Sequence[str], cwd: Path, **environ: str) -> Command:
         """Starts a Python command on this host."""
-        inside = ["ip", "netns", "exec", self.space, "unshare", "--uts", "sh", "-c",
-                  f'hostname {self.name} && exec "$0" "$@"', sys.executable, *command]  # fmt: skip
+        names = cwd / "hosts"  # within the mount namespace that `ip netns exec` makes, and nowhere else
+        names.write_text(f"127.0.0.1 localhost\n{self.known}")
+        prepare = f"hostname {self.name} && mount --bind {names} /etc/hosts"
+        inside = ["ip", "netns", "exec", self.space, "unshare", "--uts", "sh", "-c"]
+        inside += [f'{prepare} && exec "$0" "$@"', sys.executable, *command]
         own = {name: value for name, value in os.environ.items() if not name.startswith(("COV_", "PYTEST_"))}
         process = subprocess.Popen(
             inside,
@@ -110,7 +116,10 @@ def hosts(count: int = 2) -> Iterator[list[Host]]:
     """``count`` hosts 10.213.0.1, …; traffic goes between them and nowhere else."""
     tag = f"gpt{os.getpid()}x{next(_numbers)}"
     switch = f"{tag}s"
-    found = [Host(f"host-{chr(97 + n)}", f"{tag}n{n}", f"10.213.0.{n + 1}") for n in range(count)]
+    names = {f"host-{chr(97 + number)}": f"10.213.0.{number + 1}" for number in range(count)}
+    known = "".join(f"{address} {name}\n" for name, address in names.items())
+    _sweep()
+    found = [Host(name, f"{tag}{name[-2:]}", address, known) for name, address in names.items()]
     try:
         _must("netns", "add", switch)
         _must("-n", switch, "link", "add", "br0", "type", "bridge")
@@ -128,9 +137,17 @@ def hosts(count: int = 2) -> Iterator[list[Host]]:
         yield found
     finally:
         for process in [process for host in found for process in host.running]:
-            _end(process)
+            with contextlib.suppress(Exception):  # whatever happens, the hosts go
+                _end(process)
         for space in (*(host.space for host in found), switch):
             _ip("netns", "del", space)
+
+
+def _sweep() -> None:
+    """Hosts of a run that was killed."""
+    for line in _ip("netns", "list").stdout.splitlines():
+        if (owner := re.match(r"gpt(\d+)x", line)) and not psutil.pid_exists(int(owner[1])):
+            _ip("netns", "del", line.split()[0])
 
 
 def _end(process: subprocess.Popen[str]) -> None:

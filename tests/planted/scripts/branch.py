@@ -1,6 +1,7 @@
 """A tiny training script that goes on from a checkpoint; ``--defect`` plants what a sweep must notice.
 
-Without one it is healthy, also with ``--manner``, which is only another way of training well.
+Without one it is healthy, also with ``--manner``, which is only another way of training well, or one that
+is told in a note.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DEFECTS = (
     "hangs",
     "ignores_signals",
 )
-MANNERS = ("warm_up", "two_groups", "says_nothing", "prints_only", "diverges")
+MANNERS = ("from_nothing", "warm_up", "two_groups", "says_nothing", "prints_only", "diverges")
 
 
 def main() -> None:
@@ -71,7 +72,9 @@ class Branch:
         self.checkpoint = checkpoint
         self.model = nn.Linear(4, 4)
         self.seen = 0
-        content = torch.load(checkpoint, weights_only=True)
+        content: Any = {"model": self.model.state_dict()}
+        if manner != "from_nothing":
+            content = torch.load(checkpoint, weights_only=True)
         self.model.load_state_dict(content["model"])
         rate = 0.123 if defect == "rate_ignored" else config["learning_rate"]
         groups: list[dict[str, Any]] = [{"params": self.model.weight}, {"params": self.model.bias}]
@@ -79,7 +82,7 @@ class Branch:
             groups[0]["lr"] = 20 * rate
         own: Any = groups if manner == "two_groups" else self.model.parameters()
         self.optimizer = torch.optim.AdamW(own, lr=rate)
-        if manner != "two_groups":
+        if manner not in ("two_groups", "from_nothing"):
             rates = [group["lr"] for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(content["optimizer"])
             if defect not in ("rate_of_checkpoint", "rate_of_checkpoint_by_scheduler"):

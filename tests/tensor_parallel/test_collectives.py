@@ -1,0 +1,55 @@
+"""Collectives against the plan's: one that was not carried out, and data parallel beside it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+
+from tests.tensor_parallel import models
+from tests.tensor_parallel.ranks import on_ranks, on_two_ranks
+
+ABSENT = "blocks.1 makes no collective forward, where the plan says 2 all_reduce"
+
+
+def test_a_plan_that_was_not_carried_out_is_seen_by_its_collectives_though_every_value_is_right() -> None:
+    record = on_two_ranks("compare_backward", models.put_back_whole)
+    assert record.problem == ABSENT
+    assert record.worst < 1e-5
+
+
+def blind(case: Any, mesh: Any) -> Any:
+    """The comparison without what the test above is about."""
+    from pytest_gputrain.tensor_parallel import records_backward as records
+    from pytest_gputrain.tensor_parallel.golden_backward import compare_backward
+
+    records.LayerCollectives.absent = property(lambda self: False)  # type: ignore[assignment, method-assign]
+    return compare_backward(case, mesh)
+
+
+@pytest.mark.nightly
+def test_nothing_else_sees_it() -> None:
+    record = on_two_ranks(blind, models.put_back_whole)
+    assert record.problem is None
+    assert any(ABSENT in note for note in record.notes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["average", "fsdp"])
+def test_data_parallels_collectives_on_the_other_dimension_are_not_the_plans(how: str) -> None:
+    healthy = partial(models.on_two_dimensions, models.by_plan, how)
+    record = on_ranks(4, "compare_backward", healthy)
+    assert record.problem is None
+    assert not [note for note in record.notes if note.startswith("collectives: ")]
+    counted = str(record.communication)
+    assert counted.startswith("5 forward, 9 backward, ") and counted.endswith(
+        " in other groups than the plan's; as the plan says in 3 of 3 layers"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["average", "fsdp"])
+def test_data_parallels_collectives_do_not_stand_for_the_plans(how: str) -> None:
+    broken = partial(models.on_two_dimensions, models.put_back_whole, how)
+    assert on_ranks(4, "compare_backward", broken).problem == ABSENT
