@@ -7,7 +7,6 @@ of the package but its own room, and torch only where it is used.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import socket
 import sys
@@ -20,7 +19,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from ..trace.install import installed
-from . import libraries, payload, peak, recorder, stacks, wire
+from . import group, libraries, payload, peak, recorder, stacks, wire
 from .records import is_of_worker
 
 ATTACHED = "_gputrain_attached"
@@ -86,7 +85,7 @@ def run_function(
     try:
         link.hello()
         target, args, kwargs = payload.unpack_call(call)
-        join_group(spec, rank, listen_fd)
+        group.join(spec, rank, listen_fd)
         with tracing(spec, rank):
             value, location = recorder.called(target, args, kwargs)
         body = pack(value, rank)
@@ -124,34 +123,6 @@ def pack(value: object, rank: int) -> bytes:
             f"rank {rank} returned a {kind}, which cannot be pickled ({type(error).__name__}: "
             f"{' '.join(safe_str(error).split())[:200]}); return numbers, tensors, text or containers of them"
         ) from None
-
-
-def join_group(spec: Mapping[str, Any], rank: int, listen_fd: int | None) -> None:
-    """Makes the process group of the ranks."""
-    import torch
-    import torch.distributed as dist
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    world_size, device = spec["world_size"], spec["device"]
-    if "OMP_NUM_THREADS" in os.environ:
-        with contextlib.suppress(ValueError):
-            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if device == "cuda":
-        torch.cuda.set_device(rank % max(1, torch.cuda.device_count()))
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # The group's own timeout is later than the launch's: the launch names the culprit, the group a victim.
-    timeout = datetime.timedelta(seconds=spec.get("group_timeout", spec["timeout"] + 60))
-    store = TCPStore(
-        host,
-        port,
-        world_size,
-        is_master=rank == 0,
-        timeout=timeout,
-        wait_for_workers=False,
-        master_listen_fd=listen_fd if rank == 0 else None,
-    )
-    globals()["_store"] = store  # its server must outlive destroy_process_group: a program may join again
-    dist.init_process_group(spec["backend"], store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def describe(error: BaseException) -> tuple[str, dict[str, Any]]:

@@ -17,7 +17,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import calls, dirt, dirt_python, dirt_torch, libraries, output, payload, peak, rank, recorder, sweep
+from . import (
+    calls,
+    dirt,
+    dirt_python,
+    dirt_torch,
+    group,
+    libraries,
+    output,
+    payload,
+    peak,
+    rank,
+    recorder,
+    sweep,
+)
 
 
 def run(
@@ -31,7 +44,7 @@ def run(
     """A warm rank's life; ends the process. The first call came with the fork."""
     link.hello()
     try:
-        rank.join_group(spec, number, listen_fd)
+        group.join(spec, number, listen_fd)
         kept = _Kept(link, spec, number, streams)
         kept.baseline.begin()
     except BaseException as error:  # no group, no rank: the launch says why

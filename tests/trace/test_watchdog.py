@@ -232,7 +232,7 @@ def run(folder: Path, body: str, **options: Any) -> LaunchResult:
 
 
 def test_a_script_that_ignores_sigterm_cannot_fool_it(tmp_path: Path) -> None:
-    # os.write: torchrun sends SIGTERM twice, and a print within a print is a RuntimeError that ends the script.
+    # os.write: torchrun sends SIGTERM twice, and a print within a print is an error, which would end it.
     body = """
 import os, signal, threading, torch
 signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"not me\\n"))
