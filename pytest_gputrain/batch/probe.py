@@ -25,6 +25,7 @@ from pytest_gputrain.batch.probe_globals import global_hooks, preserved
 from pytest_gputrain.batch.probe_state import Snapshot
 from pytest_gputrain.batch.users_own import users_own
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case.returned import wrapped_by
 from pytest_gputrain.memory.clean import clear_frames, release
 from pytest_gputrain.memory.guard import OomGuard
 from pytest_gputrain.memory.oom import is_oom
@@ -168,7 +169,7 @@ class TrainingProbe:
             self.case.set_checkpointing(model, None)
         if self.conditions.compiled:
             model = self.case.compile(model)
-        return self.case.wrap(model) if self.conditions.wrapped else model
+        return wrapped_by(self.case, model) if self.conditions.wrapped else model
 
     def _optimizer(self, model: Any) -> Any:
         if self.optimizer is not None:

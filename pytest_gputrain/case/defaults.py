@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pytest_gputrain.case import pytree
+from pytest_gputrain.case.returned import checked_count, checked_loss, checked_optimizer
 
 DEFAULT_LEARNING_RATE = 1e-3
 DEFAULT_STREAM_BATCH = 4  # for batches() only; a check asks batch() for the size it wants
@@ -88,10 +89,12 @@ class DefaultStep:
     loss: Callable[..., Any] | None = None
     loss_reduction: str = "mean"
     num_targets: Callable[..., Any] | None = None
+    optimizer: Callable[..., Any] | None = None  # whose line a message names
 
     def __call__(self, model: Any, optimizer: Any, micro_batches: Sequence[Any]) -> Any:
         """Returns the detached loss of this rank's micro-batches, in the loss's own reduction."""
         assert self.loss is not None
+        checked_optimizer(self.optimizer, optimizer)
         shares = self._shares(micro_batches)
         scale = self._scale(micro_batches)
         optimizer.zero_grad(set_to_none=True)
@@ -99,7 +102,7 @@ class DefaultStep:
         for index, (micro_batch, share) in enumerate(zip(micro_batches, shares, strict=True)):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else _no_sync(model):
-                loss = _scalar(self.loss(model, micro_batch))
+                loss = checked_loss(self.loss, self.loss(model, micro_batch))
                 (loss * (share * scale)).backward()
             total = total + loss.detach() * share
         optimizer.step()
@@ -116,7 +119,7 @@ class DefaultStep:
     def _weight(self, micro_batch: Any) -> float:
         if self.loss_reduction == "token_mean":
             assert self.num_targets is not None
-            return float(self.num_targets(micro_batch))
+            return checked_count(self.num_targets, self.num_targets(micro_batch))
         return float(pytree.batch_length(micro_batch) or 1)
 
     def _scale(self, micro_batches: Sequence[Any]) -> float:
@@ -129,17 +132,6 @@ class DefaultStep:
         own = sum(self._weight(micro_batch) for micro_batch in micro_batches)
         total = _sum_over_ranks(own, pytree.tensors(list(micro_batches)))
         return own * world_size / total if total else 0.0
-
-
-def _scalar(loss: Any) -> Any:
-    """Raises ValueError where torch would name a line of its own."""
-    import torch
-
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-        return loss
-    given = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else f"{loss!r:.60}"
-    way_out = ", such as its .loss" if isinstance(getattr(loss, "loss", None), torch.Tensor) else ""
-    raise ValueError(f"the case's loss(model, batch) returned {given}; legal is a scalar tensor{way_out}")
 
 
 def _no_sync(model: Any) -> AbstractContextManager[Any]:

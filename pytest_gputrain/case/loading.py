@@ -12,19 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pytest_gputrain.case.returned import LOCATION
+
 if TYPE_CHECKING:
     from pytest_gputrain.case import TrainingCase
 
 FORM = 'give "package.module:attribute"'
 _PACKAGE = Path(__file__).parent.parent
-_NOT_THE_USERS = (
-    str(_PACKAGE / "case"),
-    str(_PACKAGE / "checks"),
-    str(_PACKAGE / "trace"),
-    "<frozen",
-    "/site-packages/",
-    "/dist-packages/",
-)
+_ROOMS = tuple(str(_PACKAGE / room) for room in ("case", "checks", "trace"))
+_NOT_THE_USERS = (*_ROOMS, "<frozen", "/site-packages/", "/dist-packages/")
 
 
 class CaseError(ValueError):
@@ -117,13 +113,17 @@ def describe(error: BaseException) -> str:
 
 
 def user_line(error: BaseException) -> str | None:
-    """``file:line`` of the innermost frame that is neither this package's nor a library's."""
+    """``file:line`` of the innermost frame that is neither this package's nor a library's; what the exception
+    itself says of it comes first.
+    """
+    if known := getattr(error, LOCATION, None):
+        return str(known)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not any(mark in frame.filename for mark in _NOT_THE_USERS)]
     stdlib = str(Path(traceback.__file__).parent)
     own = [frame for frame in own if not frame.filename.startswith(stdlib)]
     # A library's line says more than nothing, this package's says less.
-    foreign = [frame for frame in frames if not frame.filename.startswith(_NOT_THE_USERS[0])]
+    foreign = [frame for frame in frames if not frame.filename.startswith(_ROOMS)]
     chosen = own[-1] if own else (foreign[-1] if foreign else None)
     return f"{chosen.filename}:{chosen.lineno}" if chosen else None
 

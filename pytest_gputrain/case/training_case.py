@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from pytest_gputrain.case import defaults
 from pytest_gputrain.case.loading import CaseError, LazyCallable
+from pytest_gputrain.case.signatures import misfit
 
 LossReduction = Literal["mean", "sum", "token_mean"]
 Function = Callable[..., Any]
@@ -78,7 +79,8 @@ class TrainingCase:
         self._check_expected_failures()
         # Bound here, not in the default, so that dataclasses.replace(case, loss=...) steps with the new loss.
         if isinstance(self.step, defaults.DefaultStep):
-            self._set("step", defaults.DefaultStep(self.loss, self.loss_reduction, self.num_targets))
+            step = defaults.DefaultStep(self.loss, self.loss_reduction, self.num_targets, self.optimizer)
+            self._set("step", step)
         if isinstance(self.batches, defaults.DefaultBatches):
             self._set("batches", defaults.DefaultBatches(self.batch))
 
@@ -102,7 +104,11 @@ class TrainingCase:
             return None
         if isinstance(value, str):
             return LazyCallable(value, f"{self.name}.{name}")
-        if callable(value) or (name == "parallelize" and isinstance(value, Mapping)):
+        if name == "parallelize" and isinstance(value, Mapping):
+            return value
+        if callable(value):
+            if problem := misfit(name, value):
+                raise CaseError(f"case {self.name!r}: {problem}")
             return value
         raise CaseError(
             f"case {self.name!r}: {name} is {value!r} ({type(value).__name__}); "

@@ -13,7 +13,7 @@ from pytest_gputrain.checks.accumulation_plan import Plan, Trial, names_of, plai
 from pytest_gputrain.checks.accumulation_runs import run_window
 from pytest_gputrain.checks.accumulation_sums import Gap, Tolerance, gap, joined, norm, sizes, weights_in
 from pytest_gputrain.checks.accumulation_window import Gradients, Window
-from pytest_gputrain.checks.accumulation_words import SAME, Weights, why_steps, words
+from pytest_gputrain.checks.accumulation_words import SAME, Weights, is_sum, sum_words, why_steps, words
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.result import CheckFailed, CheckSkipped, Figures
 
@@ -172,9 +172,12 @@ class Judge:
             counts, unit = self._counts(trial)
             listed = ", ".join(f"{weight:.3f}" for weight in had)
             even = ", ".join(f"{weight:.3f}" for weight in due)
+            wrong = f"({len(found.wrong)} of {found.compared} parameters)"
+            if is_sum(had):
+                raise CheckFailed(sum_words(trial.num, even, wrong), {"counts": counts, "unit": unit})
             raise CheckFailed(
                 f"tokens are averaged naively: in the full batch's loss the {trial.num} micro-batches count "
-                f"{listed}, in the step {even} ({len(found.wrong)} of {found.compared} parameters)\n"
+                f"{listed}, in the step {even} {wrong}\n"
                 "  likely: the loss is a mean over targets, of which micro-batches have different "
                 "numbers; give "
                 "the case loss_reduction='token_mean' with num_targets, and weigh by them",

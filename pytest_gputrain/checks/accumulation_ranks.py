@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case.returned import wrapped_by
 from pytest_gputrain.checks.accumulation_schedule import WINDOWS
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.result import CheckFailed, Figures
@@ -62,7 +63,7 @@ def run_ranks(case: TrainingCase, ctx: CheckContext) -> RankRun:
 
     peers = Peers()
     model = build_model(case, ctx)
-    wrapped = case.wrap(model)
+    wrapped = wrapped_by(case, model)
     optimizer = build_optimizer(case, model, wrapped)
     num = NUM_MICRO_BATCHES if ctx.batch_size >= NUM_MICRO_BATCHES else 2
     found = []

@@ -89,6 +89,20 @@ def missing_words(missing: list[int], num: int) -> str:
     return f"micro-batches {listed} of {num} do not count in the gradients: the effective batch is smaller"
 
 
+def is_sum(had: Sequence[float]) -> bool:
+    """Whether each micro-batch has its whole own gradient in the full batch's."""
+    return all(abs(weight - 1) < SAME for weight in had)
+
+
+def sum_words(num: int, due: str, wrong: str) -> str:
+    """Of a loss that the case calls a mean, and that is a sum."""
+    return (
+        f"the loss is a sum, and the case calls it a mean: in the full batch's loss each of {num} "
+        f"micro-batches counts 1.000, in the step {due} {wrong}\n"
+        "  likely: give the case loss_reduction='sum', or let the loss divide by its samples"
+    )
+
+
 def why_steps(usual: float) -> str:
     """Of too many optimizer steps in a window of several; usual: in a window of one, on average."""
     if usual < 1:

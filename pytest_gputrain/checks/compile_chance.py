@@ -34,7 +34,8 @@ def compare_quietly(sides: Sequence[Side], other: Side, batch: Any, seed: int, k
 
 def compare_evaluation(sides: Sequence[Side], other: Side, batch: Any, seed: int, kind: str) -> str | None:
     """What the model gives in evaluation, without gradients: a graph of its own. Otherwise the same."""
-    return _compare(sides, other, seed, kind, lambda side, seed: side.outputs(batch, seed))
+    shows = other.shows_outputs
+    return _compare(sides, other, seed, kind, lambda side, seed: side.outputs(batch, seed, hooks=shows))
 
 
 def _compare(

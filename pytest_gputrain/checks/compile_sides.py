@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pytest_gputrain.case import TrainingCase, pytree
+from pytest_gputrain.case.returned import wrapped_by
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.result import CheckFailed
 from pytest_gputrain.checks.session import (
@@ -108,13 +109,18 @@ class Side:
             gradients = {name: _copy(parameter.grad) for name, parameter in self.parameters.items()}
         return Probe(loss_value(loss), gradients, {})
 
-    def outputs(self, batch: Any, seed: int) -> Probe:
+    @property
+    def shows_outputs(self) -> bool:
+        """Whether what the loop calls takes hooks. A function that is compiled, as of a method, does not."""
+        return isinstance(self.run, torch.nn.Module)
+
+    def outputs(self, batch: Any, seed: int, *, hooks: bool) -> Probe:
         """The case's own loss as an evaluation computes it, without gradients; in their place, what the model
-        gives, by number. Of a function that is compiled, as of a method, only the loss is seen.
+        gives, by number. hooks: whether to look at that, which has to be seen on both sides or on none.
         """
         seen: list[Any] = []
         with contextlib.ExitStack() as stack:
-            if isinstance(self.run, torch.nn.Module):
+            if hooks and isinstance(self.run, torch.nn.Module):
                 handle = self.run.register_forward_hook(lambda module, inputs, output: seen.append(output))
                 stack.callback(handle.remove)
             stack.enter_context(self._evaluating(seed))
@@ -167,7 +173,7 @@ def eager(
     model = build_model(case, ctx)
     if start is not None:
         start.restore(model)
-    run = case.wrap(model) if wraps else as_if_wrapped(model)
+    run = wrapped_by(case, model) if wraps else as_if_wrapped(model)
     optimizer = build_optimizer(case, model, run)
     return Side(case, model, run, optimizer, named_parameters(model), without_compiling)
 
@@ -180,7 +186,7 @@ def compiled(case: TrainingCase, ctx: CheckContext, start: Snapshot, *, wraps: b
     case = own_copy(case)
     model = build_model(case, ctx)
     start.restore(model)
-    run = case.compile(case.wrap(model) if wraps else model)
+    run = case.compile(wrapped_by(case, model) if wraps else model)
     if run is None:
         raise CheckFailed(
             "compile() returned None; it has to return what the loop calls\n"

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case.returned import wrapped_by
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.ranks import mark_progress, on_ranks
 from pytest_gputrain.checks.registry import check
@@ -97,7 +98,7 @@ def _train(case: TrainingCase, ctx: CheckContext, checkpointing: bool) -> _Progr
     if checkpointing:
         assert callable(case.set_checkpointing)
         case.set_checkpointing(model, slice(None))
-    wrapped = case.wrap(model)
+    wrapped = wrapped_by(case, model)
     optimizer = build_optimizer(case, model, wrapped)
     seed_everything(seed_for(ctx, 0, peers.rank))
     progress, data = _Progress(), iter(stream(case, ctx))

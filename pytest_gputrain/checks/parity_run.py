@@ -8,6 +8,7 @@ from typing import Any
 
 from pytest_gputrain.case import TrainingCase, pytree
 from pytest_gputrain.case.loading import describe
+from pytest_gputrain.case.returned import wrapped_by
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.finite import in_words, not_finite
 from pytest_gputrain.checks.parity import ACCUMULATING_STEP, NUM_MICRO_BATCHES, STEPS, RankRun, StepFacts
@@ -39,7 +40,7 @@ class _Run:
         self.case, self.ctx, self.folder = case, ctx, folder
         self.peers = Peers()
         self.model = build_model(case, ctx)
-        self.wrapped = case.wrap(self.model)
+        self.wrapped = wrapped_by(case, self.model)
         self.optimizer = build_optimizer(case, self.model, self.wrapped)
         everything = trained_parameters(self.model, self.wrapped, self.optimizer)
         ignored = {canonical_name(n) for n in getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())}

@@ -9,6 +9,7 @@ from typing import Any
 
 from pytest_gputrain.case import CaseError, TrainingCase, pytree
 from pytest_gputrain.case.loading import LazyCallable
+from pytest_gputrain.case.signatures import misfit
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.registry import all_check_ids
 from pytest_gputrain.checks.result import CheckOutcome
@@ -77,13 +78,17 @@ def _try(case: TrainingCase, ctx: CheckContext) -> str | None:
 
 
 def _not_found(case: TrainingCase) -> str | None:
-    """The first function given by name that is not there: told now, not by each check that calls it."""
-    for given in vars(case).values():
+    """The first function given by name that is not there, or takes other arguments: told now, not by each
+    check that calls it.
+    """
+    for field, given in vars(case).items():
         if isinstance(given, LazyCallable):
             try:
-                given.resolve()
+                found = given.resolve()
             except CaseError as error:
                 return str(error)
+            if problem := misfit(field, found):
+                return problem
     return None
 
 

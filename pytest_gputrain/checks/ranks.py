@@ -29,6 +29,16 @@ _GOLDEN = str(Path(__file__).resolve().parent.parent / "tensor_parallel" / "gold
 _ENVIRON = {"TORCH_DISTRIBUTED_DEBUG": "INFO"}
 _WITHOUT_GRADIENT = re.compile(r"Parameters which did not receive grad for rank (\d+): (.+)")
 _PROGRESS = "[gputrain] step "
+# Where a rank waits in a comparison of its check, which the user never wrote.
+_COMPARISON = "this check's comparison of the ranks, after its step"
+_CALL = r"\w+ #\d+(?: of group \S+)?(?: \([^)]*\))?"
+_COMPARES = re.compile(_CALL + r" at \S*checks/peers\.py:\d+ in \w+")
+_AT_PEERS = re.compile(r" +at \S*checks/peers\.py:\d+ in \w+")
+_WAITS_THERE = re.compile("in " + _CALL + r" +\S*checks/peers\.py:\d+ in \w+.*")
+_LIKELY_IN_STEP = (
+    "  likely: in this step some ranks do what others do not: a parameter got no gradient on some (DDP waits "
+    "for it, unless find_unused_parameters=True), or a collective is called on some"
+)
 _LAST_FRAME = re.compile(r'^  File "(.+?)", line \d+, in (\S+)', re.MULTILINE)
 
 
@@ -139,9 +149,21 @@ def _raise_for(result: LaunchResult, doing: str, *, keeps_artifacts: bool) -> No
     if result.verdict is Verdict.FAILED:  # "raised" says it; HUNG, CRASHED and TIMED_OUT need their word
         first = str(result.cause)
     context = f"  while {doing}{_reached(result)}"
-    raise CheckFailed(
-        "\n".join([first, *_without_gradient(result), context, rest]), {"verdict": result.verdict.value}
-    )
+    text = "\n".join([first, *_without_gradient(result), context, rest])
+    raise CheckFailed(in_users_words(text), {"verdict": result.verdict.value})
+
+
+def in_users_words(text: str) -> str:
+    """A hang's text without the collectives in which a check compares its ranks: no user wrote them."""
+    first, _, rest = text.partition("\n")
+    if _COMPARES.search(first) is None:
+        return text
+    lines = [_AT_PEERS.sub("", _COMPARES.sub(_COMPARISON, first))]
+    for line in rest.splitlines():
+        if line.startswith("  likely: "):
+            line = _LIKELY_IN_STEP
+        lines.append(_WAITS_THERE.sub(f"in {_COMPARISON}", line))
+    return "\n".join(lines)
 
 
 def _reached(result: LaunchResult) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pytest_gputrain.case import TrainingCase, pytree
+from pytest_gputrain.case.returned import stream_of
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.result import CheckFailed
 from pytest_gputrain.trace.names import canonical_name, named_parameters
@@ -124,7 +125,7 @@ def stream(case: TrainingCase, ctx: CheckContext) -> Iterator[Any]:
     """The case's data as its loop sees it, without end where only ``batch`` is given."""
     device = device_of(ctx)
     if case.has_own_batches:
-        for batch in case.batches():
+        for batch in stream_of(case):
             yield pytree.to_device(batch, device)
     else:
         while True:

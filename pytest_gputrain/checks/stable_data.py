@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pytest_gputrain.case import TrainingCase, pytree
+from pytest_gputrain.case.returned import stream_of
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.result import CheckFailed
 
@@ -50,7 +51,7 @@ class Feed:
         if self._stream is not None and (batch := next(self._stream, _END)) is not _END:
             return batch
         self.epochs += 1
-        self._stream = iter(self.case.batches())
+        self._stream = stream_of(self.case)
         if (batch := next(self._stream, _END)) is _END:
             raise CheckFailed(
                 f"batches() gave no batch in epoch {self.epochs} on rank {self.rank}; it has to give the "

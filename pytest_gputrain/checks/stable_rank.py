@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case.returned import wrapped_by
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.peers import Peers
 from pytest_gputrain.checks.stable_data import Feed, counted
@@ -62,7 +63,7 @@ class _Run:
         self.case, self.ctx, self.order, self.folder = case, ctx, order, Path(order.folder)
         self.peers, self.device = Peers(), device_of(ctx)
         self.model = build_model(case, ctx)
-        self.wrapped = case.wrap(self.model)
+        self.wrapped = wrapped_by(case, self.model)
         self.optimizer = build_optimizer(case, self.model, self.wrapped)
         self.parameters = trained_parameters(self.model, self.wrapped, self.optimizer)
         ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())

@@ -44,9 +44,6 @@ _FULL = re.compile(
     "No space left|quota exceeded|Read-only file system|inline_container|PytorchStreamWriter|iostream"
 )
 _WRITERS = re.compile(r"endurance/records\.py|checks/stable_state\.py")
-# Where a rank waits in a comparison of this check, which the user never wrote.
-_COMPARES = re.compile(r"\w+ #\d+(?: of group \S+)?(?: \([^)]*\))? at \S*checks/peers\.py:\d+ in \w+")
-_AT_PEERS = re.compile(r" +at \S*checks/peers\.py:\d+ in \w+")
 _RAISED_THERE = "in DataLoader worker process"  # and so neither died nor waits
 _WORKER = (
     "  likely: a data loader's worker process died or waits for ever: num_workers=0 shows its own error; "
@@ -221,7 +218,6 @@ def _with_step(failure: CheckFailed, keeping: Keeping) -> CheckFailed:
         where = f"in step {step} (last steps done: {told})"
     else:
         where = f"in step {step}" if min(done) else "before the first step was done"
-    first = _AT_PEERS.sub("", _COMPARES.sub("this check's comparison of the ranks, after its step", first))
     lines = [f"{first} ({where})"]
     if missed := left_out(dict(enumerate(keeping.records()))):
         lines[0] += f"; {missed[1]}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from pytest_gputrain.case import TrainingCase, pytree
+from pytest_gputrain.case.returned import stream_of, wrapped_by
 from pytest_gputrain.trace.layers import layers_of
 
 BATCH_SIZE = 4  # samples a rank and step, as the checks take
@@ -43,11 +44,11 @@ def train(case: TrainingCase, how: How) -> None:
     model = build(case, how)
     if how.layers is not None and case.set_checkpointing is not None:
         case.set_checkpointing(model, slice(*how.layers))
-    wrapped = shard(model) if how.wrap == "fsdp2" else case.wrap(model)
+    wrapped = shard(model) if how.wrap == "fsdp2" else wrapped_by(case, model)
     same = {id(p) for p in model.parameters()} == {id(p) for p in wrapped.parameters()}
     optimizer = case.optimizer(model if same else wrapped)
     torch.manual_seed(_SEED + (dist.get_rank() + 1) * _RANK_STRIDE)
-    data = iter(case.batches()) if case.has_own_batches else None
+    data = stream_of(case) if case.has_own_batches else None
     for _ in range(how.steps):
         if data is None:
             batch = case.batch(BATCH_SIZE, _device(how))

@@ -150,7 +150,8 @@ def _is_skip(error: BaseException) -> bool:
 
 def _error(error: BaseException, message: str, name: str | None = None) -> dict[str, str | None]:
     tb = error.__traceback__
-    location = stacks.error_location(tb)
+    # A case's function that returned what cannot be used is in no traceback, and is where the fault is.
+    location = getattr(error, "__gputrain_location__", None) or stacks.error_location(tb)
     if is_of_worker(message):
         location = stacks.told_location(message) or location
     if isinstance(error, SyntaxError) and error.filename:  # its place is not in the traceback

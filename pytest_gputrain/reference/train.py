@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case.returned import wrapped_by
 from pytest_gputrain.compile.validation import validation
 from pytest_gputrain.memory.guard import OomGuard
 from pytest_gputrain.reference.train_arguments import TrainUsageError
@@ -115,7 +116,7 @@ def _under_budget(
         )
         started = time.perf_counter()
         trained = as_trained(options, job, model)
-        course = loop.run(job.case.wrap(trained) if here.world_size > 1 else trained, optimizer)
+        course = loop.run(wrapped_by(job.case, trained) if here.world_size > 1 else trained, optimizer)
         seconds = time.perf_counter() - started
     return _Trained(model, optimizer, course, guard.peak_bytes if guard else None, seconds, watch.figures())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_gputrain.case import CaseError, TrainingCase, load_case
+from pytest_gputrain.case.loading import describe
+from pytest_gputrain.case.returned import LOCATION, stream_of, wrapped_by
 
 REFERENCE = "pytest_gputrain.reference.gpt"
 
@@ -70,8 +73,64 @@ def test_default_step_on_ragged_micro_batches_gives_the_whole_batchs_gradient(fi
 def test_a_loss_that_is_an_output_is_told_where_the_loss_is() -> None:
     output = type("Output", (), {"loss": torch.ones(()), "__repr__": lambda self: "Output"})()
     case = make(loss=lambda model, batch: output)
-    with pytest.raises(ValueError, match=r"returned Output; legal is a scalar tensor, such as its \.loss$"):
+    with pytest.raises(ValueError, match=r"returned a Output; legal is a scalar tensor, such as its \.loss$"):
         gradient(case, [batch(2, None)])
+
+
+def optimizer_and_scheduler(model: nn.Module) -> Any:
+    sgd = torch.optim.SGD(model.parameters())
+    return sgd, torch.optim.lr_scheduler.ConstantLR(sgd)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            {"optimizer": optimizer_and_scheduler},
+            "optimizer(model) returned a tuple (SGD, ConstantLR); legal",
+        ),
+        ({"optimizer": lambda model: [torch.optim.SGD(model.parameters())]}, "returned a list (SGD); legal"),
+        ({"optimizer": lambda model: None}, "the case's optimizer(model) returned None; legal is one object"),
+        ({"optimizer": lambda model: torch.optim.SGD}, "returned the class SGD; legal is one object with"),
+        ({"loss": lambda model, batch: None}, "loss(model, batch) returned None; legal is a scalar tensor"),
+        ({"loss": lambda model, batch: (1, 2)}, "returned a tuple (int, int); legal is a scalar tensor"),
+        ({"loss": lambda model, batch: mean_loss(model, batch).item()}, "legal is a scalar tensor"),
+        (
+            {"loss": lambda model, batch: mean_loss(model, batch).detach()},
+            "returned a tensor of torch.float32 that leads to no parameter; legal is a scalar tensor that",
+        ),
+        (
+            {"loss_reduction": "token_mean", "num_targets": lambda batch: None},
+            "num_targets(batch) returned None; legal is the number of targets that count in the loss",
+        ),
+    ],
+)
+def test_what_a_function_returned_is_told_at_its_line(fields: Any, line: str) -> None:
+    case = make(**fields)
+    net = case.model()
+    with pytest.raises(ValueError, match=re.escape(line)) as raised:
+        case.step(net, case.optimizer(net), [batch(2, None)])
+    where = getattr(raised.value, LOCATION)
+    assert re.search(r"test_case\.py:\d+ in (<lambda>|optimizer_and_scheduler)$", where)
+    assert describe(raised.value).endswith(f"(at {where})")
+
+
+def test_a_wrap_that_returns_nothing() -> None:
+    with pytest.raises(
+        ValueError, match=r"the case's wrap\(model\) returned None; legal is the data-parallel"
+    ):
+        wrapped_by(make(wrap=lambda model: None), nn.Linear(1, 1))
+
+
+def test_batches_that_cannot_be_iterated() -> None:
+    with pytest.raises(ValueError, match=r"the case's batches\(\) returned None; legal is an iterable of"):
+        stream_of(make(batches=lambda: None))
+
+
+def test_an_optimizer_of_any_kind_is_legal_beside_an_own_step() -> None:
+    case = make(optimizer=optimizer_and_scheduler, step=lambda model, pair, micro_batches: pair[0].step())
+    net = case.model()
+    assert case.step(net, case.optimizer(net), [batch(2, None)]) is None
 
 
 def test_default_step_returns_the_detached_loss() -> None:
@@ -116,6 +175,16 @@ def test_functions_may_be_given_by_name() -> None:
             {"model": nn.Linear(3, 1)},
             "case 'tiny': model is a Linear; give a function that builds one with fresh weights, for checks "
             "train several",
+        ),
+        (
+            {"step": lambda model, optimizer: None},
+            "case 'tiny': step is <lambda>(model, optimizer), and is called as "
+            "step(model, optimizer, micro_batches): too many positional arguments",
+        ),
+        (
+            {"set_checkpointing": nn.Module.train, "batch": lambda batch_size, device, length: None},
+            "case 'tiny': batch is <lambda>(batch_size, device, length), and is called as "
+            "batch(batch_size, device): missing a required argument: 'length'",
         ),
         ({"loss": "no_colon"}, "tiny.loss: 'no_colon' is not MODULE:ATTR; give \"package.module:attribute\""),
         (

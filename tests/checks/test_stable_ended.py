@@ -134,23 +134,6 @@ def test_a_full_disk_in_the_middle_is_told_from_one_of_the_programs(tmp_path: Pa
     assert theirs.message.splitlines()[0] == f"{first} (before the first step was done)"
 
 
-def test_a_wait_in_the_checks_own_collective_is_called_what_it_is(tmp_path: Path) -> None:
-    keeping = Keeping(tmp_path, True, 2, KEPT_BY)
-    write_run(tmp_path, {})
-    at = "at /lib/pytest_gputrain/checks/peers.py:49 in agree"
-    told = _with_step(
-        CheckFailed(
-            f"HUNG: ranks wait for each other: rank 1 in all_reduce #8 of group 1 (3 x int64) {at}, "
-            f"rank 0 in all_reduce #85 (9 x float32) at train.py:13 in take   {at}"
-        ),
-        keeping,
-    )
-    assert told.message.splitlines()[0] == (
-        "HUNG: ranks wait for each other: rank 1 in this check's comparison of the ranks, after its "
-        "step, rank 0 in all_reduce #85 (9 x float32) at train.py:13 in take (before the first step was done)"
-    )
-
-
 class KeepsMegabytes(Step):
     def __init__(self) -> None:
         super().__init__()

@@ -135,6 +135,15 @@ def token_mean_called_a_mean() -> TrainingCase:
     return case("token_mean_called_a_mean", batch=ragged_draw, loss=token_loss, step=naive_step)
 
 
+def summed_loss(model: Any, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["x"]), batch["y"], reduction="sum")
+
+
+@broken({PARITY: "the loss is a sum, and the case calls it a mean: in the full batch's loss each of 4"})
+def sum_called_a_mean() -> TrainingCase:
+    return case("sum_called_a_mean", loss=summed_loss)
+
+
 def zeroing_step(model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
     total = torch.zeros(())
     for batch in micro_batches:

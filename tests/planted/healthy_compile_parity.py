@@ -102,6 +102,16 @@ def compiled_by_layer() -> TrainingCase:
     return case("compiled_by_layer", model=Net, batch=draw, compile=compile_blocks)
 
 
+def compile_in_a_function(model: Any) -> Any:
+    """What the loop calls is no module: it takes no hooks, and shows its outputs to nobody."""
+    return torch.compile(lambda x: model(x))
+
+
+@healthy
+def compiled_within_a_function() -> TrainingCase:
+    return case("compiled_within_a_function", compile=compile_in_a_function)
+
+
 @healthy
 def loss_scaled_by_the_steps_own_count() -> TrainingCase:
     """A schedule that only the loop knows: both sides have to be as far in it."""
