@@ -22,6 +22,7 @@ from pytest_gputrain.checks.saved_state import (
     every_name,
     missing_and_unexpected,
     prefixed,
+    round_as_saved,
     saved_tensors,
 )
 
@@ -91,6 +92,7 @@ def save_and_load(case: TrainingCase, ctx: CheckContext) -> Saved:
         if tensors and not saved.prefixed:
             fresh = _loaded(case, ctx, saved, tensors, twin, built)
             if fresh is not None:
+                round_as_saved(tensors, built.model)
                 _compare(case, ctx, saved, fresh, built, monitor)
     return saved
 

@@ -60,6 +60,20 @@ def differing(tensors: Tensors, model: Any) -> list[str]:
     ]
 
 
+def round_as_saved(tensors: Tensors, model: Any) -> None:
+    """The model's weights rounded to the types in which they are saved: a checkpoint in half precision is one
+    of the same model, and its outputs are compared with what these weights give.
+    """
+    import torch
+
+    own: Tensors = {bare(name): value for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for name, value in tensors.items():
+            mine = own.get(bare(name))
+            if pytree.is_tensor(value) and pytree.is_tensor(mine) and mine.dtype != value.dtype:
+                mine.copy_(mine.to(value.dtype))
+
+
 def bare(name: str) -> str:
     """The name without what torch.compile and data parallelism put in front."""
     return canonical_name(name).removeprefix("module.")

@@ -206,6 +206,17 @@ def evaluation_within_the_step() -> TrainingCase:
     return case("evaluation_within_the_step", step=EvaluatingStep())
 
 
+def state_in_half(model: Any) -> dict[str, Tensor]:
+    """Half the size on disk; the loop goes on in full precision."""
+    original = getattr(model, "_orig_mod", model)
+    return {name: value.half() for name, value in original.state_dict().items()}
+
+
+@healthy
+def saved_in_half_precision() -> TrainingCase:
+    return case("saved_in_half_precision", state_dict=state_in_half)
+
+
 def compile_forward(model: Any) -> Any:
     """The method is compiled: what the loop calls is a function, and the model stays what it is."""
     return torch.compile(model.forward, dynamic=False)
