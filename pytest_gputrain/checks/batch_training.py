@@ -6,18 +6,24 @@ batch, and steps that accumulate.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pytest_gputrain.case import TrainingCase
-from pytest_gputrain.checks.batch_runs import draw, evaluate, part_of, raise_swallowed, roots_of
+from pytest_gputrain.checks.batch_runs import draw, evaluate, num_bytes, part_of, raise_swallowed, roots_of
 from pytest_gputrain.checks.batch_scene import Scene
 from pytest_gputrain.checks.batch_stream import chosen, shapes
 from pytest_gputrain.checks.batch_verdict import WHY_ACCUMULATING, WHY_TOO_LARGE
 from pytest_gputrain.checks.context import CheckContext
 
 STEPS, EVALUATE_EVERY = 10, 4
+# Of quick steps more: an average of the weights, a second optimizer may begin after a warm-up. By the
+# processor's seconds, as the machine may be busy, and as many as there is room for their batches, which are
+# drawn before: parts of the budget.
+QUICK_STEPS, QUICK_SECONDS = 40, 5.0
+QUICK_BATCHES = {"cpu": 1.0, "cuda": 0.05}
 # What a finder may be expected to have tried itself, two steps and evaluation.
 TRIED = 3
 ACCUMULATING_STEPS = 2
@@ -25,12 +31,16 @@ ACCUMULATING_STEPS = 2
 
 @dataclass(frozen=True)
 class Piece:
-    """Micro-batches of a step, or a batch to evaluate; words: what they are; likely: why they do not fit."""
+    """Micro-batches of a step, or a batch to evaluate; words: what they are; likely: why they do not fit.
+
+    if_quick: left out where the steps before have taken long.
+    """
 
     micro_batches: list[Any]
     words: str
     likely: str
     is_evaluation: bool = False
+    if_quick: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,10 +70,19 @@ _UPDATE = ", in the optimizer's update"
 def plan(case: TrainingCase, ctx: CheckContext, size: int, scene: Scene) -> Iterator[Piece]:
     """Training at one size, then on the case's own data."""
     yield from steps(case, ctx, size, scene)
+    yield from _later(case, ctx, size, scene)
     usual = shapes(draw(case, ctx, size, 0))
     for taken in chosen(case, ctx, size):
         words = f"batch {taken.index} of batches(): {shapes(taken.batch)}, where batch() gives {usual}"
         yield Piece([taken.batch], words, _LONGER)
+
+
+def _later(case: TrainingCase, ctx: CheckContext, size: int, scene: Scene) -> Iterator[Piece]:
+    """Steps on, as many as there is room for their batches."""
+    each = max(num_bytes(draw(case, ctx, size, STEPS)), 1)
+    room = int(QUICK_BATCHES[ctx.device] * scene.budget / each)
+    for step in range(STEPS, min(QUICK_STEPS, STEPS + room)):
+        yield Piece([draw(case, ctx, size, step)], f"step {step}", _LATER, if_quick=True)
 
 
 def steps(
@@ -97,12 +116,14 @@ def train(case: TrainingCase, ctx: CheckContext, pieces: list[Piece], limit: int
 
     model = build_alone(case, ctx)
     optimizer = case.optimizer(model)
-    evaluated = False
+    evaluated, began = False, time.process_time()
     guard, done = OomGuard(limit, device_of(ctx), roots=roots_of(model, optimizer)), 0
     try:
         with guard:
             while pieces:
                 piece = pieces.pop(0)
+                if piece.if_quick and time.process_time() - began > QUICK_SECONDS:
+                    continue
                 if piece.is_evaluation:
                     evaluate(case, model, piece.micro_batches[0])
                 else:

@@ -205,9 +205,10 @@ def pool_in_pieces_by_length() -> TrainingCase:
 
 
 class AveragesLate:
-    """Keeps a moving average of the weights from the sixth step on."""
+    """Keeps moving averages of the weights from a step on."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 6) -> None:
+        self.first = first
         self.average: Any = None
 
     def __call__(self, model: Any, optimizer: Any, micro_batches: Any) -> Tensor:
@@ -216,9 +217,9 @@ class AveragesLate:
         value.backward()
         optimizer.step()
         steps = int(next(iter(optimizer.state.values()))["step"])
-        if steps == 6:
+        if steps == self.first:
             self.average = [[p.detach().clone() for p in model.parameters()] for _ in range(2)]
-        elif steps < 6:
+        elif steps < self.first:
             self.average = None
         return value.detach()
 
@@ -229,6 +230,14 @@ class AveragesLate:
 )
 def average_of_the_weights_comes_late() -> TrainingCase:
     return tokens("average_of_the_weights_comes_late", step=AveragesLate())
+
+
+@broken(
+    {"batch_size_holds": "memory runs out in step"},
+    may_fail=("ddp_parity", "batch_size_found"),
+)
+def average_of_the_weights_comes_after_a_warm_up() -> TrainingCase:
+    return tokens("average_of_the_weights_comes_after_a_warm_up", step=AveragesLate(15))
 
 
 def misspelt_loss(model: Any, batch: Any) -> Tensor:
