@@ -28,7 +28,8 @@ def misfit(field: str, function: Any) -> str | None:
     Python does not know (functions of C).
     """
     try:
-        signature = inspect.signature(function)
+        # As it is called: a decorator may give what the wrapped function asks for more.
+        signature = inspect.signature(function, follow_wrapped=False)
     except (TypeError, ValueError):
         return None
     arguments = CALLED_WITH[field]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -206,6 +207,21 @@ def test_bad_field_is_told_in_one_line(fields: Any, line: str) -> None:
     with pytest.raises(CaseError) as raised:
         make(**fields)
     assert str(raised.value) == line
+
+
+def test_what_a_decorator_gives_is_not_asked_for() -> None:
+    def with_scale(function: Any) -> Any:
+        @functools.wraps(function)
+        def given(*arguments: Any) -> Any:
+            return function(2.0, *arguments)
+
+        return given
+
+    @with_scale
+    def scaled_loss(scale: float, model: Any, batch: Any) -> Any:
+        return scale * mean_loss(model, batch)
+
+    assert make(loss=scaled_loss).loss is scaled_loss
 
 
 def test_case_is_frozen_and_keyword_only() -> None:
