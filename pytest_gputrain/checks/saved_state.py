@@ -69,7 +69,7 @@ def round_as_saved(tensors: Tensors, model: Any) -> None:
     own: Tensors = {bare(name): value for name, value in model.state_dict().items()}
     with torch.no_grad():
         for name, value in tensors.items():
-            mine = own.get(bare(name))
+            mine: Any = own.get(bare(name))
             if pytree.is_tensor(value) and pytree.is_tensor(mine) and mine.dtype != value.dtype:
                 mine.copy_(mine.to(value.dtype))
 
