@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.tensor_parallel.golden_accumulate import note_accumulation
 from pytest_gputrain.tensor_parallel.golden_blame import blame, depart_forward
 from pytest_gputrain.tensor_parallel.golden_borders import Borders
 from pytest_gputrain.tensor_parallel.golden_communication import against_plan
@@ -72,6 +73,8 @@ def compare_backward(
     counted, problem = _with_collectives(pair, batch, problem)
     del wanted, golden  # as large as the model; the next ones take their place
     # Replicas last: where the case has a step of its own, it moves weights.
+    if problem is None:
+        note_accumulation(pair, batch, order)
     problem = problem or _other_shape(pair, order) or _of_replicas(pair, batch)
     return BackwardRecord(
         world_size=pair.world.size,
@@ -117,10 +120,15 @@ def _compare(pair: Pair, batch: Any, golden: Answer, wanted: Gradients) -> _Comp
 
 
 def _with_collectives(pair: Pair, batch: Any, problem: str | None) -> tuple[CommunicationRecord, str | None]:
-    """What the layers communicate, against the plan; the problem known before keeps the first line."""
+    """What the layers communicate, against the plan; the problem known before keeps the first line.
+
+    But where what ranks send each other is read too early: what is wrong then is so by chance.
+    """
     counted = against_plan(pair, batch)
     told = [f"collectives: {line}" for line in counted.told()]
     pair.notes += told
+    if counted.early:
+        return counted, "\n  ".join([counted.early[0], *(problem or "").splitlines()[:1]])
     return counted, "\n  ".join([problem, *told[:1]]) if problem else counted.problem
 
 

@@ -77,12 +77,17 @@ def depart_forward(pair: Pair, batch: Any) -> tuple[str | None, str]:
     golden, parallel = watches
     for name in golden.order:
         off, cause = _compare(pair, golden.values.get(name), parallel.values.get(name), "output")
-        if off is not None and off > 10 * apart.tolerance(
-            apart.GRADIENT_TOLERANCE, golden.values[name].dtype
-        ):
+        if off is not None and off > _most_off(pair, golden.values[name].dtype):
             again = _bias_again(pair, name, golden.values[name], parallel.values[name])
             return name, again or cause
     return None, ""
+
+
+def _most_off(pair: Pair, dtype: torch.dtype) -> float:
+    """By how much of its norm an activation or its gradient may be off and be right."""
+    kind = pair.computes_in(dtype)
+    allowed = apart.tolerance(apart.GRADIENT_TOLERANCE, kind)
+    return allowed if kind in apart.SHORT else 10 * allowed
 
 
 def _bias_again(pair: Pair, name: str, wanted: Any, got: Any) -> str:
@@ -156,7 +161,7 @@ def _compare(
         return None, ""
     off = world.merged({r: apart.difference(wanted, piece).relative for r, piece in pieces.items()})
     cause = ""
-    if max(off) > 10 * apart.tolerance(apart.GRADIENT_TOLERANCE, wanted.dtype):
+    if max(off) > _most_off(pair, wanted.dtype):
         own = {rank: (wanted, piece) for rank, piece in pieces.items()}
         cause = explain(own, world, replicated=True, what=what)
     return max(off), cause
@@ -174,7 +179,7 @@ def _in_one_piece(
     if not known or value is None:
         return None
     joined = assemble(own, tuple(wanted.shape), pair.world, pair.mesh).tensors
-    allowed = 10 * apart.tolerance(apart.GRADIENT_TOLERANCE, wanted.dtype)
+    allowed = _most_off(pair, wanted.dtype)
     same = {
         rank: one.shape == wanted.shape and apart.difference(value, one).relative <= allowed
         for rank, one in joined.items()

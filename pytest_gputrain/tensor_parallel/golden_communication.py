@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from pytest_gputrain.tensor_parallel.golden_account import layer_of
@@ -16,19 +17,41 @@ from pytest_gputrain.trace.names import canonical_name
 Counts = dict[str, tuple[int, int]]
 
 
-def communication(pair: Pair, batch: Any) -> tuple[dict[str, Made], list[str]]:
-    """By module, its own collectives in forward and in backward, of one step; and modules with a style that
-    were not called, although their weights got gradients.
+@dataclass(frozen=True)
+class Communication:
+    """Of one step. made: by module, its own collectives in forward and in backward. passed_by: modules with a
+    style that were not called, although their weights got gradients. early: collectives that are read before
+    they are waited for, a line each.
     """
+
+    made: dict[str, Made]
+    passed_by: list[str]
+    early: list[str]
+
+
+def communication(pair: Pair, batch: Any) -> Communication:
     counting = Counting(pair.parallel, pair.applied)
     try:
-        with pair.world.acting(), counting:
+        with pair.world.acting(), counting.pending, counting:
             ask(pair.case, pair.parallel, batch, pair.seed, gradients=True)
+        if not pair.case.has_own_step:  # which may wait for them before it steps
+            counting.pending.left_in(p.grad for p in pair.parallel.parameters() if p.grad is not None)
         passed_by = counting.passed_by(pair.parallel)
     finally:
         counting.remove()
         pair.parallel.zero_grad(set_to_none=True)
-    return counting.made, passed_by
+    return Communication(counting.made, passed_by, counting.pending.early)
+
+
+def used_early(pair: Pair, batch: Any) -> str | None:
+    """The first collective that a rank reads before it has waited for it, in one line; collective."""
+    try:
+        early = communication(pair, batch).early
+    except Exception:  # a model that does not bear to be watched
+        early = []
+    return next(
+        (line for one in pair.world.merged(dict.fromkeys(pair.world.held, early)) for line in one), None
+    )
 
 
 def by_layer(made: dict[str, Made], layers: list[str]) -> dict[str, Made]:
@@ -48,10 +71,12 @@ def against_plan(pair: Pair, batch: Any) -> CommunicationRecord:
     Not judged: layers with a style that is not known, and those that run again in backward.
     """
     try:
-        made, passed_by = communication(pair, batch)
+        found = communication(pair, batch)
     except Exception as error:  # a model that does not bear to be watched
         why = f"collectives could not be counted: {type(error).__name__}: {error!s:.60}"
         return CommunicationRecord(problem=None, why=why)
+    made = found.made
+    early = [line for one in pair.world.merged(dict.fromkeys(pair.world.held, found.early)) for line in one]
     names = {id(module): canonical_name(name) for name, module in pair.parallel.named_modules()}
     planned = [names[id(one.module)] for one in pair.applied if names.get(id(one.module))]
     layers = list(dict.fromkeys(layer_of(f"{name}.weight") for name in planned))
@@ -65,7 +90,13 @@ def against_plan(pair: Pair, batch: Any) -> CommunicationRecord:
     backward = sum(one.backward.total() for one in made.values())
     elsewhere = sum(one.elsewhere for one in made.values())
     return CommunicationRecord(
-        rows, (forward, backward), why, absent.text() if absent else None, tuple(passed_by), elsewhere
+        rows,
+        (forward, backward),
+        why,
+        absent.text() if absent else None,
+        tuple(found.passed_by),
+        elsewhere,
+        tuple(dict.fromkeys(early)),
     )
 
 
@@ -83,7 +114,7 @@ def _row(layer: str, made: Made) -> LayerCollectives:
 def silent_layers(pair: Pair, batch: Any) -> list[Finding]:
     """Layers with sharded weights that never communicate, and layers unlike their siblings; collective."""
     try:
-        counts, _ = communication(pair, batch)
+        counts = communication(pair, batch).made
     except Exception as error:  # a model that does not bear to be watched: its layers go uncounted
         pair.notes.append(f"collectives could not be counted: {type(error).__name__}: {error!s:.60}")
         return []

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytest_gputrain.tensor_parallel.golden_pending import Pending
 from pytest_gputrain.tensor_parallel.golden_prediction import Call, Predicted, predict
 from pytest_gputrain.tensor_parallel.golden_styles import Applied
 from pytest_gputrain.trace.names import canonical_name
@@ -53,11 +54,13 @@ class Counting(TorchDispatchMode):
     """Counts collectives by the module that runs, forward, or whose output's gradient came last, backward.
 
     Not torch's CommDebugMode, which a module that is called twice in one forward (a dropout) breaks.
+    pending: which of them are read before they are waited for.
     """
 
     def __init__(self, model: nn.Module, applied: list[Applied]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.made: dict[str, Made] = {}
+        self.pending = Pending()
         self._applied: dict[int, list[Applied]] = {}
         self._groups = {members(one.mesh.get_group()) for one in applied}
         self._members: dict[str, Ranks] = {}
@@ -175,13 +178,18 @@ class Counting(TorchDispatchMode):
 
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it comes again as what it is made of
-        if is_collective(func):
+        if not is_collective(func):
+            self.pending.reads(func, args, kwargs)
+        else:
             made = self.of(self._behind or self._stack[-1])
             if self._is_the_plans((*args, *(kwargs or {}).values())):
                 (made.forward if self._behind is None else made.backward)[_kind(func)] += 1
             else:
                 made.elsewhere += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if is_collective(func):
+            self.pending.started(_kind(func), self._behind or self._stack[-1], args, result)
+        return result
 
 
 def _columns() -> tuple[type[Any], ...]:

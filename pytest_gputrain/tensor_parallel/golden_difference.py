@@ -8,6 +8,7 @@ import torch
 
 from pytest_gputrain.tensor_parallel.records import Difference
 
+SHORT = (torch.bfloat16, torch.float16)
 # Absolute, and relative to the element. Ranks add partial sums in another order than one process does, so
 # equal bits cannot be asked for; a missing or doubled reduction is larger by orders of magnitude.
 OUTPUT_TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "float16": 5e-3, "bfloat16": 4e-2}

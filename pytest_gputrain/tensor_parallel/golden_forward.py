@@ -14,6 +14,7 @@ import torch
 from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.tensor_parallel import golden_difference as apart
 from pytest_gputrain.tensor_parallel.golden_blame import depart_forward
+from pytest_gputrain.tensor_parallel.golden_communication import used_early
 from pytest_gputrain.tensor_parallel.golden_gather import assemble
 from pytest_gputrain.tensor_parallel.golden_inputs import SHAPES, inputs, shape_of
 from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError
@@ -48,6 +49,8 @@ def compare_forward(
     if problem is None and wrong is not None:
         layer, cause = depart_forward(pair, compared[wrong])
         problem = departing(records[wrong].problem or "", layer, cause)
+        if early := used_early(pair, compared[wrong]):  # what is wrong then is so by chance
+            problem = f"{early}\n  {problem}"
     return ForwardRecord(
         world_size=pair.world.size,
         inputs=tuple(records),
@@ -112,6 +115,7 @@ def judge(pair: Pair, batch: Any, golden: Answer, answer: Answer) -> InputRecord
         world.merged({r: float(one.double().mean()) for r, one in world.whole(answer.loss).items()})
     )
     kind = golden.outputs[0][1].dtype if golden.outputs else _plain_loss(golden.loss).dtype
+    kind = pair.computes_in(kind)
     loss_tolerance = apart.tolerance(apart.LOSS_TOLERANCE, kind) * max(1.0, abs(golden_loss))
     base = {
         "input_shape": shape_of(batch),
@@ -169,7 +173,7 @@ def _judge_output(
 ) -> InputRecord:
     world = pair.world
     assembled = assemble(got, tuple(wanted.shape), world, pair.mesh)
-    allowed = apart.tolerance(apart.OUTPUT_TOLERANCE, wanted.dtype)
+    allowed = apart.tolerance(apart.OUTPUT_TOLERANCE, pair.computes_in(wanted.dtype))
     facts: dict[int, tuple[tuple[int, ...], str, int, Difference | None, float]] = {}
     for rank, tensor in assembled.tensors.items():
         fits = tensor.shape == wanted.shape

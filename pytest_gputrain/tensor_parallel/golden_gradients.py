@@ -142,7 +142,7 @@ def _record(
 ) -> GradientRecord:
     golden = wanted.by_name[name]
     kind = next(record.kind for record in pair.weights.records if record.name == name)
-    dtype = parameters_of(pair.reference)[name].dtype
+    dtype = pair.computes_in(parameters_of(pair.reference)[name].dtype)
     allowed = apart.tolerance(apart.GRADIENT_TOLERANCE, dtype)
     # Below this the difference is rounding beside what the whole backward adds up.
     floor = apart.NEGLIGIBLE * torch.finfo(dtype).eps * wanted.total

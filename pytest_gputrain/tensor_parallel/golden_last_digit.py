@@ -6,7 +6,7 @@ so be off by a little more than 1e-4 of its norm in a plan that is right.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from pytest_gputrain.tensor_parallel.golden_pair import Pair
 
 
+Computed = Callable[[torch.dtype], torch.dtype]
+
+
 def without_rounding(
     pair: Pair, batch: Any, wanted: Gradients, records: list[GradientRecord]
 ) -> list[GradientRecord]:
@@ -32,7 +35,7 @@ def without_rounding(
     """
     wrong = [record for record in records if record.problem]
     parameters = parameters_of(pair.reference)
-    most = {one.name: apart.tolerance(MOST, parameters[one.name].dtype) for one in wrong}
+    most = {one.name: apart.tolerance(MOST, pair.computes_in(parameters[one.name].dtype)) for one in wrong}
     if not wrong or pair.world.simulated or any(one.relative > most[one.name] for one in wrong):
         return records
     own = FACTOR * _last_digit(
@@ -60,7 +63,7 @@ def _changed(pair: Pair, batch: Any, wanted: Gradients, names: Sequence[str]) ->
     parameters = parameters_of(model)
     kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     try:
-        change_last_digits(parameters.values(), pair.seed)
+        change_last_digits(parameters.values(), pair.seed, pair.computes_in)
         model.zero_grad(set_to_none=True)
         ask(pair.case, model, batch, pair.seed, gradients=True)
         found = {name: parameter.grad for name, parameter in parameters.items()}
@@ -73,14 +76,18 @@ def _changed(pair: Pair, batch: Any, wanted: Gradients, names: Sequence[str]) ->
     return max((apart.difference(*one).relative for one in pairs if _both(one)), default=0.0)
 
 
-def change_last_digits(parameters: Iterable[torch.Tensor], seed: int) -> None:
-    """In place, by rounding's size and at random; no parameter that is not floating."""
+def change_last_digits(parameters: Iterable[torch.Tensor], seed: int, computed: Computed) -> None:
+    """In place, by rounding's size and at random; no parameter that is not floating.
+
+    computed: the type that a parameter of a type is computed in, whose last digit it is.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
             if parameter.is_floating_point():
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
-                parameter.add_(parameter * (torch.finfo(parameter.dtype).eps * noise).to(parameter.dtype))
+                eps = torch.finfo(computed(parameter.dtype)).eps
+                parameter.add_(parameter * (eps * noise).to(parameter.dtype))
 
 
 class LastDigits:
@@ -89,8 +96,8 @@ class LastDigits:
     changed: whether they are now.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor], seed: int) -> None:
-        self._parameters, self._seed = parameters, seed
+    def __init__(self, parameters: Sequence[torch.Tensor], seed: int, computed: Computed) -> None:
+        self._parameters, self._seed, self._computed = parameters, seed, computed
         self._kept: list[torch.Tensor] = []
 
     @property
@@ -102,7 +109,7 @@ class LastDigits:
         if not self._kept:
             self._kept = [parameter.detach().clone() for parameter in self._parameters]
             self._seed += 1
-            change_last_digits(self._parameters, self._seed)
+            change_last_digits(self._parameters, self._seed, self._computed)
 
     def put_back(self) -> None:
         with torch.no_grad():

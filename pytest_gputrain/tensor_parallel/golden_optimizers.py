@@ -42,13 +42,7 @@ def compare_optimizers(
     pair.parallelize()
     trial = Trial(pair, batches)
     results = [trial.run(name, make) for name, make in chosen]
-    taken: list[StepRecord] = []
-    for scale in SCALES if case.has_own_step else ():
-        trial.reset()
-        record = compare_step(pair, batches[0], scale)
-        if record is None:
-            break
-        taken.append(record)
+    taken = _own_steps(pair, trial, batches[0]) if case.has_own_step else []
     wrong = [step.problem for step in taken if step.problem]
     wrong += [result.problem for result in results if result.problem]
     return OptimizerRecord(
@@ -60,6 +54,20 @@ def compare_optimizers(
         problem=pair.problem or pair.weights.problem or (wrong[0] if wrong else None),
         notes=tuple(pair.notes),
     )
+
+
+def _own_steps(pair: Pair, trial: Trial, batch: Any) -> list[StepRecord]:
+    """The case's own step at both sizes of gradients, and where those are right, of two micro-batches."""
+    taken: list[StepRecord] = []
+    for scale, parts in [*((scale, 1) for scale in SCALES), (1.0, ROWS[0])]:
+        if parts > 1 and any(one.problem for one in taken):
+            break
+        trial.reset()
+        record = compare_step(pair, batch, scale, parts)
+        if record is None:
+            break
+        taken.append(record)
+    return taken
 
 
 def _factory(name: str, case: TrainingCase) -> Callable[[nn.Module], Any]:

@@ -15,21 +15,25 @@ from pytest_gputrain.tensor_parallel.golden_model import asking
 
 @dataclass
 class Answer:
-    """outputs: by call of the model, path and tensor of its main output. by: which module's they are."""
+    """outputs: by call of the model, path and tensor of its main output. by: which module's they are. kinds:
+    the floating types of what its modules gave.
+    """
 
     loss: Any
     outputs: list[tuple[str, Any]] = field(default_factory=list)
     by: str = ""
+    kinds: frozenset[torch.dtype] = frozenset()
 
 
 def ask(case: TrainingCase, model: nn.Module, batch: Any, seed: int, *, gradients: bool = False) -> Answer:
     """The case's loss on a copy of the batch, and what the model returned on the way; or backward as well."""
     seen: list[Any] = []
     last: list[tuple[str, Any]] = []
+    kinds: set[torch.dtype] = set()
     handles = [model.register_forward_hook(lambda module, args, output: seen.append(output))]
     for name, module in model.named_modules():
         if name:
-            handles.append(module.register_forward_hook(_Last(name, last)))
+            handles.append(module.register_forward_hook(_Last(name, last, kinds)))
     try:
         with asking(seed), torch.set_grad_enabled(gradients):
             loss = case.loss(model, pytree.map_tensors(torch.clone, batch))
@@ -42,7 +46,7 @@ def ask(case: TrainingCase, model: nn.Module, batch: Any, seed: int, *, gradient
     # A loss that calls the parts of a model, or model.forward itself: the last part that answered, then.
     by = "" if seen or not last else last[-1][0]
     outputs = [main_output(output) for output in (seen or [output for _, output in last[-1:]])]
-    return Answer(loss, [one for one in outputs if one is not None], by)
+    return Answer(loss, [one for one in outputs if one is not None], by, frozenset(kinds))
 
 
 def _as_the_loss_was(outputs: list[Any]) -> AbstractContextManager[None]:
@@ -60,13 +64,16 @@ def _as_the_loss_was(outputs: list[Any]) -> AbstractContextManager[None]:
 
 
 class _Last:
-    """Keeps the latest output of any module and its name."""
+    """Keeps the latest output of any module and its name, and the types of all."""
 
-    def __init__(self, name: str, last: list[tuple[str, Any]]) -> None:
-        self.name, self.last = name, last
+    def __init__(self, name: str, last: list[tuple[str, Any]], kinds: set[torch.dtype]) -> None:
+        self.name, self.last, self.kinds = name, last, kinds
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
         self.last[:] = [(self.name, output)]
+        first = output[0] if isinstance(output, tuple) and output else output
+        if _is_floating(first):
+            self.kinds.add(first.dtype)
 
 
 def main_output(output: Any) -> tuple[str, Any] | None:

@@ -38,6 +38,7 @@ class Pair:
     """reference: one process's model, moved off its initial values; parallel: after ``parallelize()``.
 
     applied: the styles that parallelize gave to modules, where it did so by ``ParallelStyle``.
+    short: the short type that the reference's modules answer in, as under autocast; None where there is none.
     notes: what a reader should know and is no failure. problem: what makes the pair itself wrong.
     Raises ComparisonError where there is nothing to compare.
     """
@@ -54,6 +55,7 @@ class Pair:
         self.world: World = world_of(mesh)
         self.notes: list[str] = []
         self.problem: str | None = None
+        self.short: torch.dtype | None = None
         with self.world.alone():
             self.reference = build(case, self.device, seed)
             shake(self.reference, seed)
@@ -86,7 +88,13 @@ class Pair:
 
     def ask_reference(self, batch: Any, *, gradients: bool = False) -> Answer:
         with self.world.alone():
-            return ask(self.case, self.reference, batch, self.seed, gradients=gradients)
+            answer = ask(self.case, self.reference, batch, self.seed, gradients=gradients)
+        self.short = self.short or next((kind for kind in apart.SHORT if kind in answer.kinds), None)
+        return answer
+
+    def computes_in(self, dtype: torch.dtype) -> torch.dtype:
+        """What values of this type are computed in: a shorter one, where autocast or a cast makes it so."""
+        return self.short or dtype
 
     def ask_parallel(self, batch: Any, *, gradients: bool = False) -> Answer:
         try:

@@ -5,7 +5,9 @@ Only asked where a difference is more than the fixed tolerance, since it needs a
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,19 +29,21 @@ MOST = {"float64": 1e-8, "float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 def gradient_rounding(pair: Pair, batch: Any) -> dict[str, float]:
     """By parameter, the norm of what a short type's rounding does to its gradient.
 
-    Empty for float32 and float64, and where the reference's code does not run in float32. The reference has
-    its gradients already.
+    Empty where all is computed in float32 or float64, and where the reference's code does not run in float32.
+    The reference has its gradients already.
     """
     kinds = {p.dtype for p in pair.reference.parameters() if p.is_floating_point()}
-    if not kinds & {torch.float16, torch.bfloat16}:
+    if not kinds & {*apart.SHORT} and pair.short is None:
         return {}
-    with pair.world.alone():
+    with pair.world.alone(), without_autocast():
         try:
             exact = copy.deepcopy(pair.reference).float()
             exact.zero_grad(set_to_none=True)
-            ask(pair.case, exact, pytree.map_tensors(_single, batch), pair.seed, gradients=True)
+            answer = ask(pair.case, exact, pytree.map_tensors(_single, batch), pair.seed, gradients=True)
         except Exception:
             return {}
+    if answer.kinds & {*apart.SHORT}:  # it casts by itself
+        return {}
     wanted = {name: p.grad for name, p in parameters_of(exact).items()}
     got = {name: p.grad for name, p in parameters_of(pair.reference).items()}
     return {
@@ -47,6 +51,22 @@ def gradient_rounding(pair: Pair, batch: Any) -> dict[str, float]:
         for name, grad in wanted.items()
         if grad is not None and got.get(name) is not None
     }
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """In it, nobody's autocast casts."""
+    enter: Any = torch.autocast.__enter__
+
+    def entering(self: Any) -> Any:
+        self._enabled = False
+        return enter(self)
+
+    torch.autocast.__enter__ = entering  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 def _single(tensor: torch.Tensor) -> torch.Tensor:
@@ -64,7 +84,7 @@ def output_rounding(pair: Pair, batch: Any, label: str) -> float:
     for (_, rounded), (_, wanted) in zip(answer.outputs, exact.outputs, strict=True):
         if rounded.shape == wanted.shape and rounded.numel():
             off = float((rounded.double() - wanted.double()).abs().max())
-            most = apart.tolerance(MOST, rounded.dtype) * float(wanted.abs().max())
+            most = apart.tolerance(MOST, pair.computes_in(rounded.dtype)) * float(wanted.abs().max())
             explained = max(explained, min(FACTOR * off, most))
     return explained if explained == explained else 0.0
 

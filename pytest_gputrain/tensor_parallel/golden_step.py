@@ -7,6 +7,7 @@ the same step as one process.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ from pytest_gputrain.tensor_parallel.records_training import StepRecord
 from pytest_gputrain.trace.names import owners
 from pytest_gputrain.trace.optimizers import OptimizerWatch
 
+SUMMED_AGAIN = (
+    "likely what ranks have summed is summed again: sum each backward's own part (Tensor.register_hook), or "
+    "once behind the last micro-batch"
+)
 # At the size that they have, and so large that any clipping clips.
 SCALES = (1.0, 1e4)
 
@@ -35,10 +40,12 @@ def take(
     *,
     optimizer: Any = None,
     losses: list[Any] | None = None,
+    parts: int = 1,
 ) -> dict[str, Any]:
     """One step of the case; returns clones of the gradients as the (first) optimizer got them.
 
-    optimizer: None is a new one of the case's; losses: what the step returned is added to it.
+    optimizer: None is a new one of the case's; losses: what the step returned is added to it; parts: how many
+    micro-batches the batch is split into.
     """
     parameters = parameters_of(model)
     seen: dict[str, Any] = {}
@@ -53,7 +60,7 @@ def take(
     optimizer = case.optimizer(model) if optimizer is None else optimizer
     try:
         with asking(seed), OptimizerWatch(optimizer, before):
-            loss = case.step(model, optimizer, [batch])
+            loss = case.step(model, optimizer, [batch] if parts == 1 else case.split(batch, parts))
     finally:
         for hook in hooks:
             hook.remove()
@@ -62,14 +69,14 @@ def take(
     return seen
 
 
-def compare_step(pair: Pair, batch: Any, scale: float) -> StepRecord | None:
+def compare_step(pair: Pair, batch: Any, scale: float, parts: int = 1) -> StepRecord | None:
     """One step of both models from the weights that they have, which it changes; collective.
 
     None where the step does not run on one process alone, which is noted.
     """
     try:
         with pair.world.alone():
-            golden = take(pair.case, pair.reference, batch, pair.seed, scale)
+            golden = take(pair.case, pair.reference, batch, pair.seed, scale, parts=parts)
     except Exception as error:
         pair.notes.append(
             f"the case's step does not run without ranks ({type(error).__name__}: {error!s:.60}), so what it "
@@ -77,16 +84,16 @@ def compare_step(pair: Pair, batch: Any, scale: float) -> StepRecord | None:
         )
         return None
     with pair.world.acting():
-        got = take(pair.case, pair.parallel, batch, pair.seed, scale)
+        got = take(pair.case, pair.parallel, batch, pair.seed, scale, parts=parts)
     if not golden:
         pair.notes.append("the case's step never stepped an optimizer, so what it does could not be compared")
         return None
     layers = {name: owner.path for name, owner in owners(pair.reference).items()}
     records = compare_gradients(pair, Gradients.from_named(golden, layers), got)
-    return StepRecord(scale, tuple(records), _problem(pair, records, scale))
+    return StepRecord(scale, tuple(records), _problem(pair, records, scale, parts))
 
 
-def _problem(pair: Pair, records: list[GradientRecord], scale: float) -> str | None:
+def _problem(pair: Pair, records: list[GradientRecord], scale: float, parts: int) -> str | None:
     wrong = [record for record in records if record.problem]
     if not wrong:
         return None
@@ -96,6 +103,9 @@ def _problem(pair: Pair, records: list[GradientRecord], scale: float) -> str | N
         if scale > 1
         else "in the case's step the optimizer gets wrong gradients"
     )
+    if parts > 1:
+        what += f" after {parts} micro-batches, and the right ones after one"
+        first = replace(first, cause=first.cause or SUMMED_AGAIN)
     by_rank = ", ".join(f"{percent(one)} on rank {r}" for r, one in enumerate(first.by_rank))
     off = f"{first.name}.grad is off by {by_rank}"
     count = f"{len(wrong)} of {len(records)} gradients are wrong"

@@ -95,7 +95,7 @@ def compare_training(
         batches=len(batches),
         golden=tuple(_only(loss) for loss in golden),
         parallel=tuple(tuple(losses) for losses in by_rank),
-        tolerance=apart.tolerance(TOLERANCE, kind),
+        tolerance=apart.tolerance(TOLERANCE, pair.computes_in(kind)),
         drifted=tuple(_drifted(pair)),
         notes=(*pair.notes, *(finding.message for finding in random if not finding.fails)),
     )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pytest_gputrain.tensor_parallel import golden_difference as apart
+from pytest_gputrain.tensor_parallel.golden_last_digit import Computed
 from pytest_gputrain.tensor_parallel.golden_model import parameters_of
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.golden_pieces import parts
@@ -96,13 +97,18 @@ def _distance(
     return None if largest is None else (squares**0.5, largest)
 
 
-def mark_significant(gradients: dict[str, Any], significant: dict[str, torch.Tensor]) -> None:
-    """Where the gradient is not rounding, now and at every step before; exact zeros are exact."""
+def mark_significant(
+    gradients: dict[str, Any], significant: dict[str, torch.Tensor], computed: Computed
+) -> None:
+    """Where the gradient is not rounding, now and at every step before; exact zeros are exact.
+
+    computed: the type that a gradient of a type is computed in.
+    """
     total = sum(apart.norm(grad) ** 2 for grad in gradients.values()) ** 0.5
     for name, grad in gradients.items():
         size = apart.norm(grad)
         rms = size / max(1, grad.numel()) ** 0.5
-        counts = (grad.abs() > apart.tolerance(ROUNDING, grad.dtype) * rms) | (grad == 0)
+        counts = (grad.abs() > apart.tolerance(ROUNDING, computed(grad.dtype)) * rms) | (grad == 0)
         if size <= apart.NEGLIGIBLE * torch.finfo(grad.dtype).eps * total:
             counts = torch.zeros_like(counts)
         significant[name] = counts & significant[name] if name in significant else counts

@@ -92,7 +92,8 @@ class CommunicationRecord:
 
     why: what kept them from being predicted. problem: a layer in which the plan was not carried out.
     passed_by: modules of the plan that were not called, although their weights got gradients. elsewhere: of
-    groups that are not the plan's (data parallel's); in nothing else here.
+    groups that are not the plan's (data parallel's); in nothing else here. early: those that are read before
+    they are waited for, a line each.
     """
 
     layers: tuple[LayerCollectives, ...] = ()
@@ -101,6 +102,7 @@ class CommunicationRecord:
     problem: str | None = None
     passed_by: tuple[str, ...] = ()
     elsewhere: int = 0
+    early: tuple[str, ...] = ()
 
     @property
     def departing(self) -> tuple[LayerCollectives, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from tests.planted.tp_dtensor import by_plan, plan_for, sequence_plan_for, with_
 from tests.planted.tp_experts import ExpertParallel, MixtureLM
 from tests.planted.tp_loops import clip_globally, clip_mixed, clipped, parallel_cross_entropy
 from tests.planted.tp_megatron import Megatron, RankDropout, SequenceParallel, by
-from tests.planted.tp_model import FusedAttention, Shape, tp_case
+from tests.planted.tp_model import FusedAttention, Shape, loss, tp_case
 from tests.planted.tp_norms import BothWays, NormedQueries
+from tests.planted.tp_overlap import Overlapping
 
 
 @healthy
@@ -97,6 +99,21 @@ class SequenceDropout(SequenceParallel):
 @healthy
 def megatron_sequence_parallel_with_dropout() -> TrainingCase:
     return tp_case("megatron_sequence_parallel_with_dropout", by(SequenceDropout), dropout=0.1)
+
+
+@healthy
+def megatron_sum_of_gradients_beside_the_weights_gradient() -> TrainingCase:
+    return tp_case("megatron_sum_of_gradients_beside_the_weights_gradient", by(Overlapping))
+
+
+def loss_under_autocast(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return loss(model, batch)
+
+
+@healthy
+def megatron_under_autocast() -> TrainingCase:
+    return tp_case("megatron_under_autocast", by(Megatron), fields={"loss": loss_under_autocast})
 
 
 @healthy

@@ -93,6 +93,12 @@ def loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch["inputs"]).flatten(0, 1), batch["targets"].flatten())
 
 
+def loss_under_autocast(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(batch["inputs"]).float()
+    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
+
+
 def case(parallelize: Any, *, model: Any = Transformer, **fields: Any) -> TrainingCase:
     given = {"model": model, "batch": draw, "loss": loss, "parallelize": parallelize, **fields}
     return TrainingCase(name="small", **given)

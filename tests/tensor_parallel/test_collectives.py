@@ -53,3 +53,44 @@ def test_data_parallels_collectives_on_the_other_dimension_are_not_the_plans(how
 def test_data_parallels_collectives_do_not_stand_for_the_plans(how: str) -> None:
     broken = partial(models.on_two_dimensions, models.put_back_whole, how)
     assert on_ranks(4, "compare_backward", broken).problem == ABSENT
+
+
+def accumulated(model: Any, mesh: Any) -> Any:
+    """Sums what has accumulated, and not what came last."""
+    import torch.distributed as dist
+
+    model = models.sequence_parallel(model, mesh)
+    for name, parameter in model.named_parameters():
+        if "mlp_norm." in name:
+            parameter.register_post_accumulate_grad_hook(lambda held: dist.all_reduce(held.grad))
+    return model
+
+
+def test_a_gradient_that_does_not_accumulate_is_noted() -> None:
+    record = on_two_ranks("compare_backward", accumulated)
+    assert record.problem is None
+    (note,) = [note for note in record.notes if note.startswith("do not accumulate micro-batches: ")]
+    assert (
+        "blocks.1.mlp_norm.weight.grad after two backward passes of one batch is 3 times that of one" in note
+    )
+
+
+def hasty(model: Any, mesh: Any) -> Any:
+    """Reads a sum forward before it has come."""
+    import torch.distributed as dist
+
+    def summed(module: Any, args: Any, output: Any) -> Any:
+        total = output.detach().clone()
+        dist.all_reduce(total, async_op=True)
+        return output + 0 * total
+
+    models.by_hand(model, mesh).blocks[1].mlp.register_forward_hook(summed)
+    return model
+
+
+def test_a_result_that_is_read_before_it_is_waited_for_is_seen_though_every_value_is_right() -> None:
+    problem = on_two_ranks("compare_backward", hasty).problem
+    assert problem.startswith(
+        "blocks.1.mlp: the all_reduce started at tests/tensor_parallel/test_collectives.py"
+    )
+    assert problem.endswith(" before it is waited for; call wait() on what async_op=True returns")
