@@ -129,7 +129,9 @@ def _watch_both(pair: Pair, batch: Any) -> tuple[Watch, Watch] | None:
 
 
 def _layers(pair: Pair, golden: Watch, parallel: Watch) -> list[LayerRecord]:
-    known = {name for name in golden.order if name in parallel.order}
+    everywhere = pair.world.merged(dict.fromkeys(pair.world.held, parallel.order))
+    # A rank may have modules that others have not: its own experts.
+    known = set(golden.order).intersection(*everywhere)
     return [_layer(pair, name, golden, parallel) for name in reversed(golden.order) if name in known]
 
 

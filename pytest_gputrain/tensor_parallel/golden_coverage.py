@@ -33,7 +33,7 @@ def weight_record(name: str, golden: Any, weights: Weights, trainable: bool) -> 
         tuple(held.local_shape for held in first),
         tuple(holders),
         padding=_padding(by_rank),
-        is_dtensor=first[0].is_dtensor,
+        is_dtensor=any(held.is_dtensor for held in first),
         problem=_changed(name, by_rank)
         or _uncovered(name, rows, shape, dim)
         or _thawed(name, first, trainable),
@@ -41,7 +41,7 @@ def weight_record(name: str, golden: Any, weights: Weights, trainable: bool) -> 
 
 
 def _dim(by_rank: list[Held], name: str) -> int:
-    layout = next(held.layout for held in by_rank if held.layout)
+    layout = next(held.layout for held in by_rank if held.layout and held.layout.segments)
     return 1 - layout.dim if layout.transposed else layout.dim
 
 
@@ -105,13 +105,13 @@ def _uncovered(name: str, rows: list[Rows], shape: tuple[int, ...], dim: int) ->
 
 
 def _thawed(name: str, first: list[Held], trainable: bool) -> str | None:
-    if all(held.trainable == trainable for held in first):
+    if all(held.trainable == trainable for held in first if held.layout and held.layout.segments):
         return None
     before, after = ("trainable", "frozen") if trainable else ("frozen", "trainable")
     return f"{name} is {before} in the reference and {after} after parallelize"
 
 
 def _absent(name: str, weights: Weights) -> str:
-    lost = [own for own, held in weights.held.items() if held and held[0].layout is None]
+    lost = [own for own, held in weights.held.items() if any(one.layout is None for one in held)]
     held = f"; {', '.join(lost[:3])} holds nothing of the reference's" if lost else ""
     return f"{name} is in no parameter of the parallel model, neither by name nor by content{held}"

@@ -92,8 +92,9 @@ def compare_gradients(pair: Pair, wanted: Gradients, given: Given | None = None)
 
 def parallel_gradients(pair: Pair, given: Given | None = None) -> dict[int, dict[str, Any]]:
     """By rank held, every parallel parameter's gradient; a DTensor's is gathered. None: there is none."""
-    names = parameters_of(pair.parallel)
-    own = {name: parameter.grad for name, parameter in names.items()} if given is None else given
+    parameters = parameters_of(pair.parallel)
+    own = {name: parameter.grad for name, parameter in parameters.items()} if given is None else given
+    names = list(pair.weights.held)
     here = {name: own.get(name) is not None for name in names}
     by_rank = pair.world.merged(dict.fromkeys(pair.world.held, here))
     got: dict[int, dict[str, Any]] = {rank: {} for rank in pair.world.held}
@@ -125,7 +126,7 @@ def _compare(
             largest = replace(difference, index=in_source(difference.index, layout, start))
     absolute = squares**0.5
     if not found:  # nothing of it here, or no gradient: as good as zero
-        absolute = size if any(got.get(h) is None for h in pair.weights.holders(name)) else 0.0
+        absolute = size if any(got.get(h) is None for h in pair.weights.on_rank(name, rank)) else 0.0
     relative = absolute / size if size else (0.0 if not absolute else float("inf"))
     # Looked for only where it is more than rounding: it costs another pass.
     by = 1.0 if relative <= FACTOR_OF_ONE else factor((one, other) for one, other, *_ in found)
@@ -178,8 +179,11 @@ def _record(
 
 
 def _problem(pair: Pair, name: str, golden: Any, worst: _Seen, missing: list[list[str]]) -> str:
-    holders = pair.weights.holders(name)
-    without = [rank for rank, names in enumerate(missing) if any(holder in names for holder in holders)]
+    without = [
+        rank
+        for rank, names in enumerate(missing)
+        if any(holder in names for holder in pair.weights.on_rank(name, rank))
+    ]
     if without:
         where = "any rank" if len(without) == len(missing) else f"rank {', '.join(map(str, without))}"
         return f"{name} has no gradient on {where}"

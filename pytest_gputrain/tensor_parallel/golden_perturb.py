@@ -87,7 +87,10 @@ def _unread(pair: Pair, batch: Any, names: list[str]) -> list[str]:
     unread = [
         name
         for name in names
-        if not any(address_of(parameters[holder]) in reads.storages for holder in pair.weights.holders(name))
+        if not any(
+            holder in parameters and address_of(parameters[holder]) in reads.storages
+            for holder in pair.weights.holders(name)
+        )
     ]
     return pair.world.merged(dict.fromkeys(pair.world.held, unread))[-1]
 
@@ -110,7 +113,7 @@ def _useful(pair: Pair, batch: Any, names: list[str], rank: int) -> list[str]:
     parameters = parameters_of(pair.reference)
     useful = {}
     for r in pair.world.held:
-        held = {n: torch.empty(by_rank[r].whole_shape) for n, by_rank in pair.weights.held.items()}
+        held = {n: torch.empty(by_rank[rank].whole_shape) for n, by_rank in pair.weights.held.items()}
         touched = partial(_touched, pair, held, rank)
         matrices = [n for n in names if parameters[n].dim() > 1 and parameters[n].grad is not None]
         useful[r] = [name for name in matrices if touched(name, parameters[name].grad)]
@@ -149,7 +152,8 @@ def _matters(
     kept = []
     generator = torch.Generator().manual_seed(pair.seed)
     for holder in dict.fromkeys(holders):
-        piece = pair.world.pieces(parameters[holder]).get(rank)
+        mine = parameters.get(holder)  # other ranks' experts are not here
+        piece = None if mine is None else pair.world.pieces(mine).get(rank)
         if piece is not None and piece.numel():
             kept.append((piece, piece.clone()))
             size = AMOUNT * float(piece.float().std(False))

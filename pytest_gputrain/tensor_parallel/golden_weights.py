@@ -34,6 +34,10 @@ class Held:
     place: tuple[tuple[str, int], ...] = ()  # of a DTensor: where the rank is on the mesh's cut dimensions
 
 
+# Of a parameter that other ranks have.
+ABSENT = Held(Layout(0, False, ()), (0,), (0,), 0.0)
+
+
 @dataclass
 class Weights:
     """held: by parallel name, by rank, of all ranks. records: by the reference's parameters, in their order.
@@ -54,6 +58,10 @@ class Weights:
             for name, by_rank in self.held.items()
             if any(s.source == source for held in by_rank if held.layout for s in held.layout.segments)
         ]
+
+    def on_rank(self, source: str, rank: int) -> list[str]:
+        """Those of the holders that have something of it on that rank."""
+        return [name for name in self.holders(source) if self.held[name][rank] != ABSENT]
 
     def is_replicated(self, name: str) -> bool:
         """Whether every rank has the same part of the reference, the whole of it, in that parameter."""
@@ -78,17 +86,20 @@ class Weights:
 
 
 def find_weights(reference: nn.Module, parallel: nn.Module, world: World) -> Weights:
-    """All parameters right after parallelizing; collective. Raises ComparisonError if ranks disagree."""
+    """All parameters right after parallelizing; collective. Raises ComparisonError if ranks disagree.
+
+    A parameter that only some ranks have (whole experts) is held by those; the others hold nothing of it.
+    """
     golden = {name: p.detach() for name, p in parameters_of(reference).items()}
     other_names = {alias: first for first, names in aliases(reference).items() for alias in names}
     parameters = parameters_of(parallel)
-    _same_names(list(parameters), world)
+    names = _all_names(parameters, world)
     weights = Weights(tied=aliases(reference))
     left = dict(golden)
     pending = []
-    for name, parameter in parameters.items():
+    for name in names:
         source = _by_name(name, golden, other_names)
-        held = _held(parameter, {source: golden[source]} if source else {}, world)
+        held = _held(parameters.get(name), {source: golden[source]} if source else {}, world)
         weights.held[name] = held
         if any(one.layout is None or one.off for one in held):
             pending.append(name)
@@ -96,7 +107,7 @@ def find_weights(reference: nn.Module, parallel: nn.Module, world: World) -> Wei
             left.pop(source, None)
     for name in pending:
         # Renamed or fused: among all that nobody has claimed by name.
-        found = _held(parameters[name], left, world)
+        found = _held(parameters.get(name), left, world)
         if all(one.layout is not None and not one.off for one in found):
             weights.held[name] = found
     for name, parameter in golden.items():
@@ -109,16 +120,33 @@ def _trainable(model: nn.Module, name: str) -> bool:
     return bool(parameters_of(model)[name].requires_grad)
 
 
-def _same_names(names: list[str], world: World) -> None:
-    by_rank = world.merged(dict.fromkeys(world.held, names))
+def _all_names(parameters: Mapping[str, Any], world: World) -> list[str]:
+    """Those of all ranks, in the order of the first rank that has each; collective."""
+    own = {name: is_dtensor(parameter) for name, parameter in parameters.items()}
+    by_rank = world.merged(dict.fromkeys(world.held, own))
+    names = list(dict.fromkeys(name for one in by_rank for name in one))
+    common = [name for name in names if all(name in one for one in by_rank)]
+    shared = set(common)
     for rank, other in enumerate(by_rank):
-        if other != by_rank[0]:
-            only = sorted(set(other) ^ set(by_rank[0]))
-            what = f": {', '.join(only[:4])}" if only else " in another order"
+        here = [name for name in other if name in shared]
+        if here != common:
             raise ComparisonError(
-                f"after parallelize rank 0 has {len(by_rank[0])} parameters and rank {rank} {len(other)}, "
-                f"not the same ones{what}; all ranks of a tensor-parallel model have the same modules"
+                f"after parallelize rank {rank} has its parameters in another order than rank 0: "
+                f"{_first_other(common, here)}; all ranks have their modules in one order"
             )
+        cut = next(
+            (name for name in names if name not in other and any(one.get(name) for one in by_rank)), ""
+        )
+        if cut:
+            raise ComparisonError(
+                f"after parallelize {cut} is a DTensor and rank {rank} has no parameter of that name; all "
+                "ranks of its mesh have a part of a DTensor, an empty one where need be"
+            )
+    return names
+
+
+def _first_other(wanted: list[str], found: list[str]) -> str:
+    return next(f"{two} in the place of {one}" for one, two in zip(wanted, found, strict=True) if one != two)
 
 
 def _by_name(name: str, golden: Mapping[str, Any], other_names: Mapping[str, str]) -> str | None:
@@ -132,7 +160,10 @@ def _by_name(name: str, golden: Mapping[str, Any], other_names: Mapping[str, str
 
 
 def _held(parameter: Any, sources: Mapping[str, torch.Tensor], world: World) -> list[Held]:
-    """By rank, of all ranks; collective."""
+    """By rank, of all ranks; collective. None for the parameter: this rank has none of that name."""
+    if parameter is None:
+        world.merged(dict.fromkeys(world.held, ()))
+        return world.merged(dict.fromkeys(world.held, ABSENT))
     pieces, whole = world.pieces(parameter), world.whole(parameter)
     shapes = world.merged({rank: tuple(one.shape) for rank, one in whole.items()})
     own = {}

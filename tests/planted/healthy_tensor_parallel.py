@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pytest_gputrain.case import TrainingCase
 from tests.planted.plant import healthy
 from tests.planted.tp_dtensor import by_plan, plan_for, sequence_plan_for, with_sharded_loss
-from tests.planted.tp_experts import ExpertParallel, MixtureLM
+from tests.planted.tp_experts import ExpertParallel, MixtureLM, NamedExperts
 from tests.planted.tp_loops import clip_globally, clip_mixed, clipped, parallel_cross_entropy
 from tests.planted.tp_megatron import Megatron, RankDropout, SequenceParallel, by
 from tests.planted.tp_model import FusedAttention, Shape, loss, tp_case
@@ -160,6 +160,12 @@ def dtensor_with_grouped_heads_and_bfloat16() -> TrainingCase:
 def experts_divided_over_ranks() -> TrainingCase:
     fields = {"model": partial(MixtureLM, Shape())}
     return tp_case("experts_divided_over_ranks", by(ExpertParallel), fields=fields)
+
+
+@healthy
+def experts_of_other_names_on_each_rank() -> TrainingCase:
+    fields = {"model": partial(MixtureLM, Shape())}
+    return tp_case("experts_of_other_names_on_each_rank", by(NamedExperts), fields=fields)
 
 
 @healthy

@@ -31,6 +31,8 @@ class Mixture(nn.Module):
             x, weights = self.how.enter(x), self.how.enter_weights(weights)
         out = torch.zeros_like(x)
         for number, expert in enumerate(self.experts, self.first):
+            if expert is None:  # another rank's
+                continue
             out = out + weights[..., number : number + 1] * expert(x)
         summed: Tensor = out if self.how is None else self.how.leave(out)
         return summed
@@ -54,3 +56,13 @@ class ExpertParallel(Megatron):
 
     def enter_weights(self, weights: Tensor) -> Tensor:
         return self.enter(weights)
+
+
+class NamedExperts(ExpertParallel):
+    """Experts keep their numbers, and so have other names on each rank, as in DeepSeek's own model."""
+
+    def mlp(self, mlp: Any) -> None:
+        each = len(mlp.experts) // self.size
+        kept: list[Any] = [e if number // each == self.rank else None for number, e in enumerate(mlp.experts)]
+        mlp.experts = nn.ModuleList(kept)
+        mlp.how = self

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pytest_gputrain import LaunchError
 from tests.tensor_parallel import models
 from tests.tensor_parallel.ranks import on_two_ranks
 
@@ -53,3 +54,37 @@ def test_bfloat16_hides_no_missing_reduction() -> None:
     record = on_two_ranks("compare_backward", broken, model=models.in_bfloat16)
     assert "blocks.1.mlp_norm.weight.grad is off by 75 %" in record.problem
     assert record.first_layer == "blocks.1.mlp.up"
+
+
+def on_one_rank(which: int, model: Any, mesh: Any) -> Any:
+    """One block has its norm on one rank only: the other one computes with a constant of the same values."""
+    norm = models.by_hand(model, mesh).blocks[1].mlp_norm
+    if mesh.get_local_rank() != which:
+        for name, parameter in list(norm.named_parameters(recurse=False)):
+            delattr(norm, name)
+            norm.register_buffer(name, parameter.detach().clone())
+    return model
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_parameter_may_be_on_some_ranks_only(which: int) -> None:
+    record = on_two_ranks("compare_backward", partial(on_one_rank, which))
+    assert record.problem is None
+    assert len(record.gradients) == 37
+    (weight,) = [one for one in record.weights if one.name == "blocks.1.mlp_norm.weight"]
+    assert weight.kind == "sharded"
+
+
+def backwards(model: Any, mesh: Any) -> Any:
+    """One rank has its modules in another order."""
+    model = models.by_hand(model, mesh)
+    if mesh.get_local_rank():
+        model.embedding, embedding = None, model.embedding
+        del model.embedding
+        model.embedding = embedding
+    return model
+
+
+def test_ranks_with_modules_in_another_order_are_refused_in_one_line() -> None:
+    with pytest.raises(LaunchError, match="rank 1 has its parameters in another order than rank 0: "):
+        on_two_ranks("compare_backward", backwards)
