@@ -38,7 +38,7 @@ def apply(case: TrainingCase, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         return model
     if not isinstance(result, nn.Module):
         raise ValueError(
-            f"case {case.name!r}: parallelize(model, mesh) returned {result!r:.60} "
+            f"case {case.name!r}: parallelize(model, mesh) returned {' '.join(repr(result).split()):.60} "
             f"({type(result).__name__}); "
             "legal is the model, or None where it was changed in place"
         )

@@ -17,6 +17,7 @@ from pytest_gputrain.tensor_parallel.golden_blame import depart_forward
 from pytest_gputrain.tensor_parallel.golden_communication import used_early
 from pytest_gputrain.tensor_parallel.golden_gather import assemble
 from pytest_gputrain.tensor_parallel.golden_inputs import SHAPES, inputs, shape_of
+from pytest_gputrain.tensor_parallel.golden_likely import indivisible
 from pytest_gputrain.tensor_parallel.golden_model import SEED, ComparisonError
 from pytest_gputrain.tensor_parallel.golden_outputs import Answer
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
@@ -49,6 +50,8 @@ def compare_forward(
     if problem is None and wrong is not None:
         layer, cause = depart_forward(pair, compared[wrong])
         problem = departing(records[wrong].problem or "", layer, cause)
+        if likely := indivisible(pair.reference, pair.world.size):
+            problem = f"{problem}\n  likely: {likely}"
         if early := used_early(pair, compared[wrong]):  # what is wrong then is so by chance
             problem = f"{early}\n  {problem}"
     return ForwardRecord(

@@ -11,6 +11,7 @@ from pytest_gputrain.tensor_parallel import heads
 
 _SHAPES = re.compile(
     r"is invalid for input of size|size mismatch|must match the size|shapes cannot be multiplied"
+    r"|must have same reduction dim"
 )
 _IN_CONFIG = ("num_attention_heads", "num_key_value_heads", "n_head")
 
@@ -20,7 +21,8 @@ def tell(error: RuntimeError, model: nn.Module, world_size: int) -> None:
     if _SHAPES.search(str(error)):
         found = next(iter([*_indivisible(model, world_size), *_undivided(error, world_size)]), None)
         if found is not None:
-            error.args = (f"{error}; likely: {found}",)
+            first, newline, rest = str(error).partition("\n")
+            error.args = (f"{first}; likely: {found}{newline}{rest}",)
 
 
 def _indivisible(model: nn.Module, world_size: int) -> Iterator[str]:
@@ -32,6 +34,19 @@ def _indivisible(model: nn.Module, world_size: int) -> Iterator[str]:
                 f"{name} = {number} is not divisible by {world_size} ranks "
                 f"({number} = {number // world_size} x {world_size} + {number % world_size})"
             )
+    for owner, module in model.named_modules():
+        for name in heads.QUERY:
+            number = vars(module).get(name)
+            if type(number) is int and number % world_size:
+                yield (
+                    f"{owner or 'the model'} has {name} = {number}, not divisible by {world_size} ranks "
+                    f"({number} = {number // world_size} x {world_size} + {number % world_size})"
+                )
+
+
+def indivisible(model: nn.Module, world_size: int) -> str | None:
+    """Heads of a model in one piece that the ranks do not divide, as its modules or its config say."""
+    return next(_indivisible(model, world_size), None)
 
 
 def _undivided(error: RuntimeError, world_size: int) -> Iterator[str]:

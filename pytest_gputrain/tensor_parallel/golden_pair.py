@@ -28,7 +28,13 @@ from pytest_gputrain.tensor_parallel.golden_model import (
     storages,
 )
 from pytest_gputrain.tensor_parallel.golden_outputs import Answer, ask
-from pytest_gputrain.tensor_parallel.golden_styles import Applied, learning, refuse_whole_inputs
+from pytest_gputrain.tensor_parallel.golden_styles import (
+    Applied,
+    learning,
+    not_there,
+    refuse_whole_inputs,
+    skipping,
+)
 from pytest_gputrain.tensor_parallel.golden_weights import Weights, find_weights
 from pytest_gputrain.tensor_parallel.golden_world import World, world_of
 from pytest_gputrain.trace.digest import tensor_digest
@@ -112,8 +118,10 @@ class Pair:
             model = self._counterpart()
         with self.world.acting():
             self.world.spread(model)
-            with learning() as self.applied:
+            names = {id(module): name for name, module in model.named_modules()}
+            with learning(names) as self.applied, skipping() as skipped:
                 self.parallel = apply(self.case, model, self.mesh)
+        self.problem = self.problem or not_there(skipped, self.reference)
         refuse_whole_inputs(self.applied, self.parallel)
         # What training would go on from: nothing that is seeded after this says what ranks do on their own.
         self.random_state = torch.get_rng_state()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pytest_gputrain import LaunchError
 from tests.tensor_parallel import models
 from tests.tensor_parallel.ranks import on_ranks, on_two_ranks
 
@@ -94,3 +95,24 @@ def test_a_result_that_is_read_before_it_is_waited_for_is_seen_though_every_valu
         "blocks.1.mlp: the all_reduce started at tests/tensor_parallel/test_collectives.py"
     )
     assert problem.endswith(" before it is waited for; call wait() on what async_op=True returns")
+
+
+def with_entry(name: str, model: Any, mesh: Any) -> Any:
+    """A plan of torch's with one more entry."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    return parallelize_module(models.by_plan(model, mesh), mesh, {name: ColwiseParallel()})
+
+
+def test_a_name_that_torch_skips_is_a_failure_and_one_of_some_layers_is_not() -> None:
+    assert on_two_ranks("account", partial(with_entry, "blocks.*.mlp.upp")).problem == (
+        "the plan of parallelize names 'upp', and no module of the model is called so: torch only warns, and "
+        "leaves it whole; near: blocks.0.mlp.up"
+    )
+    assert on_two_ranks("account", partial(with_entry, "blocks.*.attention.up")).problem is None
+
+
+def test_a_style_that_does_not_fit_names_the_module() -> None:
+    wanted = "the plan of parallelize gives 'blocks.1.mlp_norm', a LayerNorm, the style ColwiseParallel: "
+    with pytest.raises(LaunchError, match=wanted):
+        on_two_ranks("account", partial(with_entry, "blocks.1.mlp_norm"))

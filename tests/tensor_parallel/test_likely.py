@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_gputrain.tensor_parallel.golden_likely import tell
+from pytest_gputrain.tensor_parallel.golden_likely import indivisible, tell
 
 
 class Attention(nn.Module):
@@ -43,4 +43,16 @@ def test_heads_that_were_not_divided() -> None:
     assert told(torch.zeros(12), 2) == (
         "shape '[1, 8, 3]' is invalid for input of size 12; likely: Attention has num_heads = 8; where its "
         "projections are cut over 2 ranks it has to be told 8 / 2 = 4"
+    )
+
+
+def test_a_modules_own_number_of_heads_is_told_in_the_first_line() -> None:
+    model = nn.Sequential(Attention(8))
+    likely = "0 has num_heads = 8, not divisible by 3 ranks (8 = 2 x 3 + 2)"
+    assert indivisible(model, 3) == likely
+    assert indivisible(model, 4) is None
+    error = RuntimeError("a and b must have same reduction dim\n\nSharding propagation failed")
+    tell(error, model, 3)
+    assert str(error) == (
+        f"a and b must have same reduction dim; likely: {likely}\n\nSharding propagation failed"
     )
