@@ -21,6 +21,9 @@ STATE = (
     torch.amp.GradScaler,
 )
 
+# Averages lie in a list of tensors, or in a dictionary of models; what is longer is data.
+DEPTH, MOST = 2, 10_000
+
 Variable = tuple[Callable[[], Any], Callable[[Any], None]]
 
 
@@ -28,7 +31,33 @@ def kept_by(function: Any) -> tuple[list[Any], list[Callable[[], None]]]:
     """Return (state that is there, what puts the same objects back where they were)."""
     variables = [(get, put, get()) for get, put in _variables(function)]
     found = [value for _, _, value in variables if isinstance(value, STATE)]
-    return found, [_undo(*variable) for variable in variables]
+    return found, [*(_undo(*variable) for variable in variables), *_undo_of_new(function)]
+
+
+def _undo_of_new(function: Any) -> Iterator[Callable[[], None]]:
+    """What takes state away that a call makes under a new name (``if not hasattr(self, "average")``)."""
+    if isinstance(function, functools.partial):
+        yield from _undo_of_new(function.func)
+        return
+    holder = function.__self__ if isinstance(function, types.MethodType) else function
+    held = getattr(holder, "__dict__", None)
+    if isinstance(held, dict):
+        known = {*held}
+
+        def undo() -> None:
+            for name in [name for name in held if name not in known and _is_state(held[name])]:
+                del held[name]
+
+        yield undo
+
+
+def _is_state(value: Any, depth: int = DEPTH) -> bool:
+    if isinstance(value, STATE):
+        return True
+    if depth == 0 or not isinstance(value, list | tuple | dict) or len(value) > MOST:
+        return False
+    items = value.values() if isinstance(value, dict) else value
+    return any(_is_state(item, depth - 1) for item in items)
 
 
 def _variables(function: Any) -> Iterator[Variable]:
@@ -73,7 +102,7 @@ def _cell(cell: types.CellType) -> Variable:
 def _undo(get: Callable[[], Any], put: Callable[[Any], None], value: Any) -> Callable[[], None]:
     def undo() -> None:
         now = get()
-        if now is not value and (isinstance(now, STATE) or isinstance(value, STATE)):
+        if now is not value and (_is_state(now) or _is_state(value)):
             put(value)
 
     return undo

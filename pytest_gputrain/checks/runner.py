@@ -18,6 +18,7 @@ from pytest_gputrain.endurance.plan import StabilityOptions
 
 TENSOR_PARALLEL = "tp_"
 
+OnBegin = Callable[[str, str], None]
 OnResult = Callable[[CheckResult], None]
 
 # A hang costs the time it takes to be sure of it: a run that has one, and is red, pays for it once.
@@ -32,6 +33,7 @@ def run_checks(
     device: str = "cpu",
     world_size: int = 2,
     timeout: float | None = None,
+    on_begin: OnBegin | None = None,
     on_result: OnResult | None = None,
     launcher: Any = None,
     finder: Any = None,
@@ -44,7 +46,8 @@ def run_checks(
 ) -> list[CheckResult]:
     """One result a check, in the order asked for (default: all, in their own order).
 
-    timeout: seconds one launch may take; on_result: called as each result comes; launcher: starts the ranks,
+    timeout: seconds one launch may take; on_begin: called with case and check id before each check;
+    on_result: called as each result comes; launcher: starts the ranks,
     default the package's own; finder: looks for a batch size, default ``find_batch``; meter: a loop's own
     measurement of speed, which ``compile_speed`` then judges; compile_report: a folder for tables and
     pictures of eager against compiled; compile_backend: in inductor's place, default "aot_eager" on cpu;
@@ -82,6 +85,8 @@ def run_checks(
         refuse_plan(case, ctx)
     results: list[CheckResult] = []
     for check_id in ids:
+        if on_begin is not None:
+            on_begin(case.name, check_id)
         result = _after_a_hang(check_id, case, results) or with_expectation(
             get_check(check_id).function(case, ctx), case.expected_failures.get(check_id)
         )

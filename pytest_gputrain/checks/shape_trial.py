@@ -46,7 +46,8 @@ def try_shapes(case: TrainingCase, ctx: CheckContext, batches: list[Any]) -> tup
     constant = [index for index in added if not generalises(report.graphs, index)]
     if not constant and not report.limit_hits:
         return _why(bool(added), any(graph.dynamic_dims for graph in report.graphs)), []
-    return "", [f"compiled anew for other shapes: {len(constant)} more graphs for {others} of them"]
+    graphs = "1 more graph" if len(constant) == 1 else f"{len(constant)} more graphs"
+    return "", [f"compiled anew for other shapes: {graphs} for {others} of them"]
 
 
 def _why(compiled_again: bool, dynamic: bool) -> str:

@@ -19,6 +19,7 @@ from pytest_gputrain.cli.arguments import (
     folder,
     ranks,
 )
+from pytest_gputrain.cli.check_waiting import TELLS_ITSELF, waiting
 
 if TYPE_CHECKING:
     from pytest_gputrain.case import TrainingCase
@@ -82,6 +83,7 @@ def _check(options: argparse.Namespace) -> int:
     cases = _cases(specs)
     _set_launcher(options)
     settings = _settings(options)
+    check_stability.show_progress()
     try:
         _refuse_early(cases, settings)
         baseline = check_baseline.opened(options, [case.name for case in cases], ids)
@@ -111,8 +113,11 @@ def _refuse_early(cases: Sequence[TrainingCase], settings: Mapping[str, Any]) ->
     from pytest_gputrain.checks.preflight import preflight
 
     context = CheckContext(**settings)
-    for case in cases:
-        preflight(case, context)
+    with waiting() as line:
+        for number, case in enumerate(cases, 1):
+            of = f" ({number} of {len(cases)})" if len(cases) > 1 else ""
+            line.at(f"{case.name}{of}: importing it, building the model, drawing one batch")
+            preflight(case, context)
 
 
 def _run(
@@ -127,10 +132,13 @@ def _run(
     names = [case.name for case in cases]
     results: list[CheckResult] = []
     show = check_results.table(names, ids)
-    check_stability.show_progress()
-    with check_report.recording(options, names, ids) as recording:
+    with check_report.recording(options, names, ids) as recording, waiting() as line:
+
+        def begin(case: str, check: str) -> None:
+            line.at("" if check in TELLS_ITSELF else f"{case} {check}")
 
         def tell(result: CheckResult) -> None:
+            line.over()
             recording.result(result)
             show(result)
 
@@ -140,6 +148,7 @@ def _run(
                 case,
                 checks=None if options.checks is None else list(ids),
                 compile_report=options.compile_report,
+                on_begin=begin,
                 on_result=tell,
                 **settings,
             )

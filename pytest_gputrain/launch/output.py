@@ -11,7 +11,7 @@ import ctypes
 import ctypes.util
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -83,7 +83,8 @@ def last_lines(text: str, count: int) -> str:
     lines = [line if len(line) <= 400 else line[:397] + "..." for line in text.rstrip("\n").split("\n")]
     if len(lines) <= count:
         return "\n".join(lines)
-    return "\n".join([f"[{len(lines) - count} lines before]", *lines[-count:]])
+    before = len(lines) - count
+    return "\n".join([f"[{before} line{'s' * (before > 1)} before]", *lines[-count:]])
 
 
 def rank_list(ranks: Iterable[int]) -> str:
@@ -97,6 +98,18 @@ def rank_list(ranks: Iterable[int]) -> str:
             runs.append([number])
     text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"rank {text}" if len(numbers) == 1 else f"ranks {text}"
+
+
+# What ranks do, as it is said of one: of several the verb is another.
+_OF_SEVERAL = {"waits ": "wait ", "is ": "are ", "was ": "were ", "has ": "have "}
+
+
+def told_of(ranks: Sequence[int], fate: str) -> str:
+    """``rank 0: waits in …``, ``ranks 0-1: wait in …``"""
+    if len(ranks) > 1:
+        verb = next((verb for verb in _OF_SEVERAL if fate.startswith(verb)), "")
+        fate = _OF_SEVERAL.get(verb, "") + fate.removeprefix(verb)
+    return f"{rank_list(ranks)}: {fate}"
 
 
 def grouped(texts: dict[int, str]) -> list[tuple[list[int], str]]:

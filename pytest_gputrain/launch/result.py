@@ -122,7 +122,7 @@ class LaunchResult:
     def _others(self) -> list[str]:
         """One line a group of ranks that share a fate; the culprit is in the first line already."""
         fates = {r.rank: fate(r) for r in self.ranks if not self._is_culprit(r)}
-        return [f"{output.rank_list(ranks)}: {text}" for ranks, text in output.grouped(fates)]
+        return [output.told_of(ranks, text) for ranks, text in output.grouped(fates)]
 
     def _symptom(self, cause: Cause) -> str:
         signal = self.ranks[cause.rank].signal if cause.rank is not None and cause.kind == "signal" else None

@@ -138,8 +138,11 @@ def _methods(kind: type) -> tuple[types.FunctionType, ...]:
 
 
 def _is_users(module: types.ModuleType | None) -> bool:
+    """None: of a class that came to a rank by value, as those of a test file or a nested function do."""
+    if module is None:
+        return True
     file = getattr(module, "__file__", None)
-    return module is not None and (file is None or not _is_installed(file)) and module.__name__ != "builtins"
+    return (file is None or not _is_installed(file)) and module.__name__ != "builtins"
 
 
 def _is_installed(file: str) -> bool:

@@ -52,7 +52,7 @@ def failure_of(item: pytest.Item, result: LaunchResult, notes: list[str]) -> Sho
     told = {number for group in groups for number in group.ranks}
     fates = {rank.rank: fate(rank) for rank in result.ranks if rank.rank not in told}
     lines = [result.shared_gpu] if result.shared_gpu else []
-    lines += [f"{output.rank_list(ranks)}: {text}" for ranks, text in output.grouped(fates)]
+    lines += [output.told_of(ranks, text) for ranks, text in output.grouped(fates)]
     lines += [
         f"{output.rank_list(group.ranks)}: raised {group.error.headline}   at {group.error.location}"
         for group in groups[1:]

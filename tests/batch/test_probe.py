@@ -116,6 +116,24 @@ def test_no_trace_in_what_the_step_keeps(kept: bool) -> None:
     assert step.calls > calls  # what it counts is its author's
 
 
+class AveragesOfItsOwn:
+    """Made by the first call, under a name that was not there: several, in a list."""
+
+    def __call__(self, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: Any) -> None:
+        square(model, micro_batches[0]).backward()
+        if not hasattr(self, "averages"):
+            self.averages = [[p.detach().clone() for p in model.parameters()] for _ in range(8)]
+
+
+def test_every_probe_counts_what_the_first_step_makes() -> None:
+    step = AveragesOfItsOwn()
+    case = case_of(mlp, step=step)
+    found = find_batch(case, model=mlp(16), capacity="1MB", max_batch_size=8)
+    assert not hasattr(step, "averages")
+    alone = find_batch(case, model=mlp(16), capacity="1MB", min_batch_size=8, max_batch_size=8)
+    assert dict(found.search.probes)[8] == dict(alone.search.probes)[8]
+
+
 def test_no_trace_in_a_closure_of_the_step() -> None:
     average: Any = None
 

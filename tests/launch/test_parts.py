@@ -104,8 +104,16 @@ def test_ranks_are_listed_briefly(ranks: list[int], text: str) -> None:
     assert output.rank_list(ranks) == text
 
 
+def test_several_ranks_wait_where_one_waits() -> None:
+    assert output.told_of([0], "waits in barrier #1") == "rank 0: waits in barrier #1"
+    assert output.told_of([0, 1], "waits in barrier #1") == "ranks 0-1: wait in barrier #1"
+    assert output.told_of([1, 2], "is in backward") == "ranks 1-2: are in backward"
+    assert output.told_of([1, 2], "was still running") == "ranks 1-2: were still running"
+    assert output.told_of([1, 2], "finished") == "ranks 1-2: finished"
+
+
 def test_last_lines_say_what_is_missing_and_are_bounded() -> None:
-    assert output.last_lines("a\nb\nc\n", 2) == "[1 lines before]\nb\nc"
+    assert output.last_lines("a\nb\nc\n", 2) == "[1 line before]\nb\nc"
     assert len(output.last_lines("x" * 10_000, 5)) == 400
 
 
