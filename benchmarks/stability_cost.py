@@ -175,7 +175,7 @@ class _Subject:
         watch.load()
         batch, digest = self.feed.next()
         entered, self.in_step = time.process_time(), 0.0
-        tokens, samples = counted(batch)
+        size = counted(batch)
         batch_digest(batch)
         watch.begin()
         within = time.process_time() - entered
@@ -188,8 +188,7 @@ class _Subject:
             step=self.step,
             loss=loss,
             seconds=seconds,
-            tokens=tokens,
-            samples=samples,
+            **size,
             batch_digest=digest,
             wall=time.time(),
             **watched,

@@ -96,13 +96,16 @@ def _part(tensor: Any) -> Any:
     return torch.cat([flat[:_PART], flat[:: flat.numel() // _PART], flat[-_PART:]])
 
 
-def counted(batch: Any) -> tuple[int, int]:
-    """(tokens, samples) of a batch; tokens are samples where no leaf is a matrix of ids."""
+def counted(batch: Any) -> dict[str, Any]:
+    """tokens, samples and elements of a batch, as its record has them."""
+    tensors = pytree.tensors(batch)
     samples = pytree.batch_length(batch) or 1
-    first = next(
-        (leaf for leaf in pytree.tensors(batch) if leaf.dim() == 2 and not leaf.is_floating_point()), None
-    )
-    return (int(first.numel()) if first is not None else samples), samples
+    first = next((leaf for leaf in tensors if leaf.dim() == 2 and not leaf.is_floating_point()), None)
+    return {
+        "tokens": int(first.numel()) if first is not None else samples,
+        "samples": samples,
+        "elements": sum(int(leaf.numel()) for leaf in tensors),
+    }
 
 
 def is_masked(batch: Any) -> bool:

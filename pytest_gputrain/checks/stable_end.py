@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 from pytest_gputrain.checks.flops import Flops
 from pytest_gputrain.checks.stable_probe import Probe, of_steps
 from pytest_gputrain.checks.stable_weights import weights
-from pytest_gputrain.checks.stable_words import ill_buffers
+from pytest_gputrain.checks.stable_words import ill_buffers, ill_state
 
 
 def close(run: Any, probe: Probe) -> None:
@@ -43,6 +44,10 @@ def close(run: Any, probe: Probe) -> None:
     ranks = run.peers.flagged([bool(spoilt)])[0]
     if spoilt and run.ended.finding is None:
         run.ended.finding = ill_buffers(spoilt, run.ended.steps, ranks, run.peers.world_size)
+    of_state = not_finite_state(run.optimizer, run.parameters)
+    ranks = run.peers.flagged([bool(of_state)])[0]
+    if of_state and run.ended.finding is None:
+        run.ended.finding = ill_state(of_state, run.ended.steps, ranks, run.peers.world_size)
     if run.vote.skipped:
         run.ended.notes.append(
             f"{run.vote.skipped} steps on rank {run.peers.rank} returned a loss that is not finite and "
@@ -69,6 +74,28 @@ def not_finite_buffers(module: Any) -> set[str]:
                 ill = ~buffer.isfinite() if isinstance(one, _NormBase) else buffer.isnan()
                 if ill.any():
                     found.add(name.removeprefix("module."))
+    return found
+
+
+def not_finite_state(optimizer: Any, parameters: Mapping[str, Any]) -> list[str]:
+    """What an optimizer keeps of a parameter, ``exp_avg_sq of head.weight``, that holds a NaN.
+
+    Or an infinite value, where it has an element for each of the parameter's, which is never updated again.
+    """
+    import torch
+
+    from pytest_gputrain.trace.optimizers import optimizers_in
+
+    names, found = {id(parameter): name for name, parameter in parameters.items()}, []
+    for one in optimizers_in(optimizer):
+        for parameter, state in one.state.items():
+            for key, value in state.items() if isinstance(state, dict) else ():
+                if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                    continue
+                local = value.to_local() if hasattr(value, "to_local") else value
+                ill = ~local.isfinite() if value.shape == parameter.shape else local.isnan()
+                if ill.any():
+                    found.append(f"{key} of {names.get(id(parameter), 'a parameter')}")
     return found
 
 

@@ -187,7 +187,7 @@ class _Run:
     def _take(self, step: int, batch: Any, digest: str, watch: Any, seen: Mapping[str, Any]) -> StepRecord:
         from pytest_gputrain.checks.session import loss_value, seed_for, take_step
 
-        tokens, samples = counted(batch)
+        size = counted(batch)
         seed = seed_for(self.ctx, step, self.peers.rank)
         watch.begin()
         began = time.perf_counter()
@@ -200,8 +200,7 @@ class _Run:
             step=step,
             loss=loss,
             seconds=seconds,
-            tokens=tokens,
-            samples=samples,
+            **size,
             batch_digest=digest,
             wall=time.time(),
             **watched,

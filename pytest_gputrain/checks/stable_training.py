@@ -28,7 +28,7 @@ from pytest_gputrain.endurance.offspring import offspring
 from pytest_gputrain.endurance.plan import MOST_STEPS, StabilityOptions, StabilityUsageError
 from pytest_gputrain.endurance.progress import shown
 from pytest_gputrain.endurance.records import StepRecord, path_of
-from pytest_gputrain.endurance.updates import left_out, without_effect
+from pytest_gputrain.endurance.updates import left_out, rate_ended, still, without_effect
 
 if TYPE_CHECKING:
     from pytest_gputrain.checks.stable_told import Ended
@@ -67,7 +67,9 @@ def check_stable_training(case: TrainingCase, ctx: CheckContext) -> Figures:
         figures = figures_of(by_rank, losses, ended)
         problem, note = _judged(ended, losses, saved, options)
         if problem is None or problem.kind == "loss":
-            problem = without_effect(dict(enumerate(by_rank))) or problem
+            ranks = dict(enumerate(by_rank))
+            moved = any(one.moved for one in ended)
+            problem = without_effect(ranks) or (still(ranks) if moved else None) or problem
         elif problem.kind == "divergence":
             problem = _with_what_was_left_out(problem, by_rank)
         lasting, remarked = _lasting(by_rank, ended)
@@ -138,7 +140,7 @@ def _lasting(
     found = offspring(ranks, {pid: name for one in ended for pid, name in one.workers.items()})
     grown, notes = growing(ranks, {rank: one.held for rank, one in enumerate(ended)})
     found += [*grown, *pace(ranks)]
-    notes += remarks(ranks)
+    notes += [*remarks(ranks), *([rated] if (rated := rate_ended(ranks)) else [])]
     if not found:
         return None, notes
     return replace(found[0], message="\n".join(one.message for one in found)), notes

@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pytest_gputrain.checks.stable_attached import Attached
 from pytest_gputrain.checks.stable_clock import Arrivals, Clock, Moment, Waits
 from pytest_gputrain.checks.stable_memory import Census, device_memory
 from pytest_gputrain.checks.stable_weights import Sample, norms, weights
@@ -65,6 +66,9 @@ class Watch:
         self._loaded: Moment | None = None
         self._updated: Moment | None = None
         self._updates = 0
+        self._had_gradients: int | None = None
+        self._rate: float | None = None
+        self._attached = Attached(wrapped, optimizer)
         self._waited_since: float | None = None
         self._load_seconds = self._wait_seconds = 0.0
         self._told: Mapping[str, int] = {}
@@ -95,6 +99,7 @@ class Watch:
         # takes a hundredth of a millisecond or more. What it held between step and load is little.
         self._load_seconds = begun.own_since(self._loaded) if self._loaded else 0.0
         self._updated, self._updates, self._begun = None, 0, begun
+        self._had_gradients = self._rate = None
         self._cpu = self._clock.cpu_seconds
 
     def end(self, step: int, seconds: float, loss: float | None = None) -> dict[str, Any]:
@@ -102,7 +107,7 @@ class Watch:
         ended = self._clock.now()
         cpu = self._clock.cpu_seconds - self._cpu
         ill = loss is not None and not math.isfinite(loss)
-        digest, finite = self._weights(step, everything=ill or self._is_full(step))
+        digest, whole, finite = self._weights(step, everything=ill or self._is_full(step))
         if ill and self._norm is None:
             self._all_gradients([one.grad for one in self._trained if one.grad is not None])
         heap = self._heap.read(step, seconds)
@@ -113,11 +118,14 @@ class Watch:
             "grad_norm": self._norm,
             "finite": {"gradients": self._gradients_finite, "parameters": finite},
             "digest": digest,
+            "whole_digest": whole,
             "cpu_seconds": cpu,
             "queued_seconds": min(ended.queued - self._begun.queued, seconds),
             "load_seconds": self._load_seconds,
             "ready_seconds": None if ready is None else ready.own_since(self._begun),
             "update_seconds": ended.own_since(updated) if updated else None,
+            "updated": self._had_gradients,
+            "rate": self._rate,
             "wait_seconds": self._wait_seconds,
             "heap_bytes": heap,
             **self._process(step),
@@ -139,20 +147,21 @@ class Watch:
     def _process(self, step: int) -> Mapping[str, int]:
         """As it was up to fifteen steps ago: the kernel takes its time to tell."""
         if step % self._process_every == 0 or not self._told:
-            self._told = process()
+            self._told = {**process(), **self._attached.count()}
         return self._told
 
     def _is_full(self, step: int) -> bool:
         """The same on every rank, as the digests have to be."""
         return step % ALL_EVERY == 0 or step == self._limit
 
-    def _weights(self, step: int, *, everything: bool) -> tuple[str, bool]:
+    def _weights(self, step: int, *, everything: bool) -> tuple[str, str | None, bool]:
+        """(digest of what is looked at, of all elements where they are, whether all of it is finite)."""
         bits, finite = self._parameters.take(self._trained, step)
         digest = hashlib.blake2b(bits, digest_size=_HALF // 2).hexdigest()
-        if everything:
-            of_all, all_finite = weights(self._trained)
-            digest, finite = digest + of_all[:_HALF], finite and all_finite
-        return digest, finite
+        if not everything:
+            return digest, None, finite
+        of_all, all_finite = weights(self._trained)
+        return digest + of_all[:_HALF], of_all, finite and all_finite
 
     def _before(self, optimizer: Any, held: list[Any] | None) -> None:
         """Right before an optimizer's step, when its gradients are there."""
@@ -160,10 +169,13 @@ class Watch:
         self._updates += 1
         last = self._updated if self._updates > _ASKED else None
         self._updated = self._clock.glance(last) if last else self._clock.now()
+        if held is not None:
+            self._had_gradients = (self._had_gradients or 0) + sum(one.grad is not None for one in held)
         for group in getattr(optimizer, "param_groups", ()):
             rate = group.get("lr")
             if isinstance(rate, (int, float)):
-                self.rate = max(self.rate or 0.0, float(rate))
+                self._rate = max(self._rate or 0.0, float(rate))
+        self.rate = max(self.rate or 0.0, self._rate) if self._rate is not None else self.rate
         if self._is_full(self._step):
             self._all_gradients([one.grad for one in held or () if one.grad is not None])
 

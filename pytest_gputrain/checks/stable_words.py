@@ -139,6 +139,17 @@ def ill_buffers(names: list[str], steps: int, ranks: list[int], world_size: int)
     return Finding("not_finite", steps, only(ranks), message, {"buffers": names[:_KEPT]})
 
 
+def ill_state(names: list[str], steps: int, ranks: list[int], world_size: int) -> Finding:
+    """names: of what optimizers keep that is not finite."""
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    message = (
+        f"the optimizer's {names[0]}{more} is NaN or infinite {on(ranks, world_size)} after {steps} steps: "
+        "these elements are not trained any more, or become NaN; look for a gradient that overflowed once, "
+        "and clip gradients or leave such a step out"
+    )
+    return Finding("not_finite", steps, only(ranks), message, {"state": names[:_KEPT]})
+
+
 def other_data(step: int, rank: int) -> Finding:
     """Of a run that resumed, or of one whose stream is drawn again."""
     message = (

@@ -63,7 +63,10 @@ _HOST = _Measure("host_memory", lambda one: one.rss_bytes or None, 24 * _MB, 4 *
 _COUNTED = (
     _Measure("open_files", lambda one: one.fds or None, 7),
     _Measure("threads", lambda one: one.threads or None, 7),
+    _Measure("hooks", lambda one: one.hooks, 7),
+    _Measure("groups", lambda one: one.groups, 7),
 )
+_CAUSES = ("hooks", "groups")  # of memory that grows as well: told first
 
 
 def grows(records: Sequence[StepRecord]) -> bool:
@@ -84,7 +87,8 @@ def growing(by_rank: ByRank, held_by: Mapping[int, Held | None]) -> tuple[list[F
         memory = objects or (None if note else _counted(by_rank, _HOST))
     # What a file or a thread takes is freed with it.
     is_theirs = memory is not None and memory.kind == _HOST.kind and counted
-    return [*([memory] if memory and not is_theirs else []), *counted], notes
+    found = [*([memory] if memory and not is_theirs else []), *counted]
+    return sorted(found, key=lambda one: one.kind not in _CAUSES), notes
 
 
 def _counted(by_rank: ByRank, measure: _Measure) -> Finding | None:

@@ -28,6 +28,7 @@ _SURE_SECONDS = 0.005  # what a rank has to be behind by to be called a straggle
 _SHARE = 0.8  # of the steps in which it has to be last
 _WINDOWS, _WARM_UP = 8, 0.1
 _LEAST_LATE_SECONDS = 0.1  # less may be another program that begins, and has the caches
+_UNFROZEN = 0.9  # of the parameters that are trained at the end: fewer were another training
 _LEAST_LATE = 12  # steps of a last window that says something on its own
 
 
@@ -108,20 +109,19 @@ def drift(by_rank: ByRank) -> Drift | None:
 
 
 def _drift(rank: int, records: Sequence[StepRecord]) -> Drift | None:
-    settled = records[round(_WARM_UP * len(records)) :]
+    settled = _of_the_same_training(records[round(_WARM_UP * len(records)) :])
     if len(settled) < LEAST_STEPS:
         return None
     own = [own_seconds(one) for one in settled]
-    bounds = [round(len(own) * number / _WINDOWS) for number in range(_WINDOWS + 1)]
+    bounds = _bounds(len(own))
     middles = [median(own[a:b]) for a, b in itertools.pairwise(bounds)]
     early, half = max(middles[:2]), len(own) // _WINDOWS // 2
     late = min(middles[-1], median(own[-half:])) if half >= _LEAST_LATE else min(middles[-2:])
-    # Longer batches take longer: what counts is the time for as much data.
-    more = _tokens(settled[bounds[-2] :]) / max(_tokens(settled[: bounds[2]]), 1e-9)
+    more = _more_data(settled[: bounds[2]], settled[bounds[-2] :])
     slower = late >= SLOWER * max(1.0, more) * early
     if early <= 0 or not slower or late - early < _LEAST_SECONDS or max(middles[:-1]) > 2 * late:
         return None
-    change = _change(own, early, late)
+    change = _change(own, (early + late) / 2)
     if sum(own[change:]) < _LEAST_LATE_SECONDS:
         return None
     return Drift(early, late, settled[change].step, [rank])
@@ -134,20 +134,58 @@ def _too(records: Sequence[StepRecord], worst: Drift) -> bool:
     return bool(before and after) and median(after) >= _TOO * median(before)
 
 
-def _change(own: Sequence[float], early: float, late: float) -> int:
-    """The first step from which on most are nearer to the late ones."""
-    halfway = (early + late) / 2
-    score = [1 if seconds > halfway else -1 for seconds in own]
-    best, total, at = 0, 0, len(own) - 1
-    for place in range(len(own) - 1, -1, -1):
+def _bounds(number: int) -> list[int]:
+    """Where the windows begin, and the last one's end."""
+    return [round(number * window / _WINDOWS) for window in range(_WINDOWS + 1)]
+
+
+def _change(values: Sequence[float], bound: float) -> int:
+    """The first place from which on most are above a bound."""
+    score = [1 if value > bound else -1 for value in values]
+    best, total, at = 0, 0, len(values) - 1
+    for place in range(len(values) - 1, -1, -1):
         total += score[place]
         if total > best:
             best, at = total, place
     return at
 
 
-def _tokens(records: Sequence[StepRecord]) -> float:
-    return median(max(one.tokens, one.samples, 1) for one in records)
+def _of_the_same_training(records: Sequence[StepRecord]) -> Sequence[StepRecord]:
+    """The steps since which as many parameters are trained as at the end: those that are unfrozen take their
+    own backward and update, and steps before that are no measure for those after it.
+    """
+    known = [one for one in records if one.updated]
+    if len(known) < LEAST_STEPS:
+        return records
+    updated = [float(one.updated or 0) for one in known]
+    bounds = _bounds(len(known))
+    middles = [median(updated[a:b]) for a, b in itertools.pairwise(bounds)]
+    many = _UNFROZEN * middles[-1]
+    last = max((window for window, middle in enumerate(middles) if middle < many), default=None)
+    if last is None:
+        return records
+    begin, end = bounds[last], bounds[last + 2]
+    first = known[begin + _change(updated[begin:end], many)].step
+    return [one for one in records if one.step >= first]
+
+
+def _more_data(early: Sequence[StepRecord], late: Sequence[StepRecord]) -> float:
+    """How many times as long the late steps may take for their data.
+
+    Twice the samples take twice the time. Twice as long a sample (tokens, pixels, frames) may take four times
+    as long, as attention does.
+    """
+    samples = _ratio(early, late, lambda one: one.samples)
+    tokens = _ratio(early, late, lambda one: one.tokens / max(one.samples, 1))
+    elements = _ratio(early, late, lambda one: one.elements / max(one.samples, 1))
+    return samples * max(1.0, tokens, elements) ** 2
+
+
+def _ratio(
+    early: Sequence[StepRecord], late: Sequence[StepRecord], size: Callable[[StepRecord], float]
+) -> float:
+    was, now = (median(size(one) for one in records) for records in (early, late))
+    return now / was if was and now else 1.0
 
 
 def straggler(by_rank: ByRank) -> Straggler | None:

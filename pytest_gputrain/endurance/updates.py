@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+from pytest_gputrain.endurance.falling import LOW_RATE
 from pytest_gputrain.endurance.findings import Finding, on, only
 from pytest_gputrain.endurance.records import StepRecord
 from pytest_gputrain.launch.output import rank_list
@@ -74,3 +75,49 @@ def _zero(by_rank: ByRank) -> Finding | None:
         "between the weights and the loss, and for gradients zeroed before the step"
     )
     return Finding("gradients", steps[0], None, message)
+
+
+def still(by_rank: ByRank) -> Finding | None:
+    """Weights that are the same to the last bit at the run's end as some looks before; to be asked of weights
+    that moved earlier.
+    """
+    since = {rank: step for rank, those in by_rank.items() if (step := _still_since(those)) is not None}
+    if not since or len(since) < len(by_rank):
+        return None
+    first, last = max(since.values()), max(those[-1].step for those in by_rank.values())
+    message = (
+        f"no weight changes any more from step {first} or earlier on, up to step {last}, although optimizers "
+        "step and their learning rate is not 0: nothing is learnt; let the optimizer hold the parameters of "
+        "the model that is trained\n"
+        "  likely: an optimizer or a model that was made anew on the way (a copy, a checkpoint loaded into "
+        "new parameters), or updates that rounding takes away (weights in bfloat16)"
+    )
+    return Finding("updates", first, None, message, {"steps": last - first})
+
+
+def rate_ended(by_rank: ByRank) -> str:
+    """A note on a schedule that came to 0 long before the run's end; "" where none did."""
+    since = [
+        max((one.step for one in those if one.rate), default=0) + 1
+        for those in by_rank.values()
+        if any(one.rate for one in those)
+    ]
+    last = min((those[-1].step for those in by_rank.values() if those), default=0)
+    if not since or last - max(since) < _FEWEST:
+        return ""
+    if not any(one.rate == 0 for those in by_rank.values() for one in those if one.step >= max(since)):
+        return ""
+    return f"the learning rate is 0 from step {max(since)} on: nothing is learnt from there to step {last}"
+
+
+def _still_since(records: Sequence[StepRecord]) -> int | None:
+    looks = [one for one in records if one.whole_digest is not None]
+    if len(looks) < 2:
+        return None
+    same = [*itertools.takewhile(lambda one: one.whole_digest == looks[-1].whole_digest, reversed(looks))]
+    first = same[-1].step
+    after = [one for one in records if one.step > first and one.update_seconds is not None]
+    if len(after) < _FEWEST or not all(one.loss is None or one.loss for one in after):
+        return None  # a hinge that is satisfied has nothing more to learn
+    # A schedule may be shorter than the run, and a rate that is told by no optimizer may be 0.
+    return first if all(one.rate and one.rate >= LOW_RATE for one in after) else None

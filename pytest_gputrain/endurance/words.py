@@ -85,6 +85,20 @@ def _threads(worst: Worst) -> str:
     )
 
 
+def _hooks(worst: Worst) -> str:
+    return (
+        f"hooks on the model grow {worst.by(f'{worst.growth.slope:.2g}')}: {worst.growth.total:.0f} in all, "
+        "of which each runs in every step; register them once, or call remove() on what registering returned"
+    )
+
+
+def _groups(worst: Worst) -> str:
+    return (
+        f"the optimizer's parameter groups grow {worst.by(f'{worst.growth.slope:.2g}')}: "
+        f"{worst.growth.total:.0f} in all, with state of their own; add each group once"
+    )
+
+
 def _between(grown: Growth) -> str:
     between = f"{_size(grown.low)} and {_size(grown.high)}"
     return f"{_size(grown.total)} in all; with 95 % confidence between {between} a step"
@@ -117,4 +131,6 @@ WORDS: Mapping[str, Callable[[Worst], str]] = {
     "objects": _objects,
     "open_files": _files,
     "threads": _threads,
+    "hooks": _hooks,
+    "groups": _groups,
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_gputrain.checks.stable_clock import Clock, Moment
-from pytest_gputrain.checks.stable_end import not_finite_buffers
+from pytest_gputrain.checks.stable_end import not_finite_buffers, not_finite_state
 from pytest_gputrain.checks.stable_memory import Census
 from pytest_gputrain.checks.stable_watch import ALL_EVERY, Watch
 from pytest_gputrain.checks.stable_weights import Sample, weights
@@ -253,3 +253,29 @@ def test_statistics_are_ill_when_infinite_and_masks_are_not() -> None:
     assert not_finite_buffers(model) == {"norm.running_var"}
     mask[0, 0] = math.nan
     assert not_finite_buffers(model) == {"norm.running_var", "other.mask"}
+
+
+def test_what_an_optimizer_keeps_is_ill_when_infinite() -> None:
+    net = nn.Linear(4, 2)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    named = dict(net.named_parameters())
+    assert not_finite_state(optimizer, named) == []
+    optimizer.state[net.weight]["exp_avg_sq"][0, 1] = math.inf
+    optimizer.state[net.bias]["best"] = torch.tensor(math.inf)  # a number of its own, which may be anything
+    assert not_finite_state([optimizer], named) == ["exp_avg_sq of weight"]
+    optimizer.state[net.bias]["best"] = torch.tensor(math.nan)
+    assert not_finite_state(optimizer, named)[1:] == ["best of bias"]
+
+
+def test_hooks_and_groups_that_a_program_adds_are_counted() -> None:
+    def add(step: int, model: Any) -> None:
+        model.head.register_forward_hook(lambda *_: None)
+        model.head.weight.register_hook(lambda gradient: None)
+        program.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+    program = Program()
+    records = program.run(32, add)
+    early, late = records[7], records[-1]  # the first steps have hooks of the watch's own
+    assert late["hooks"] - early["hooks"] == 2 * (late["groups"] - early["groups"]) == 48

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ def told() -> None:
 def added(keep: bool) -> int:
     """What so many steps add that make a tensor of 4 KiB each, and keep it or not."""
     kept, x = [], torch.randn(64, 64)
+    gc.collect()  # what tests before left, and what would else be freed in between
     before = heap_bytes()
     for _ in range(STEPS):
         made = (x @ x).sum() + torch.zeros(KEPT // 4)

@@ -112,6 +112,31 @@ def test_longer_batches_take_longer() -> None:
     assert drift(dict(enumerate(own))) is None
 
 
+@pytest.mark.parametrize(("times", "is_slower"), [(6.0, False), (9.0, True)])
+def test_larger_samples_may_take_as_long_as_attention_does(times: float, is_slower: bool) -> None:
+    """Images or frames that grow: twice as long a sample, four times the time."""
+    longer: Seconds = lambda step: 1 + (step > 100)  # noqa: E731
+    own = records(lambda step: 0.02 * (times if step > 100 else 1))
+    own = [replace(one, samples=8, tokens=8, elements=round(8 * 100 * longer(one.step))) for one in own]
+    assert (drift({0: own}) is not None) == is_slower
+
+
+def unfrozen(seconds: Seconds, updated: Seconds) -> list[StepRecord]:
+    return [replace(one, updated=round(updated(one.step))) for one in records(seconds)]
+
+
+def test_parameters_that_are_unfrozen_take_their_time() -> None:
+    """Steps before that are no measure for those after it; from there on steps may not get slower."""
+    longer: Seconds = lambda step: 0.06 if step > 90 else 0.02  # noqa: E731
+    more: Seconds = lambda step: 52 if step > 90 else 2  # noqa: E731
+    assert drift({0: unfrozen(longer, lambda step: 52)}) is not None
+    assert drift({0: unfrozen(longer, more)}) is None
+    assert drift({0: unfrozen(longer, lambda step: 2 if step % 3 else 52)}) is not None
+    found = drift({0: unfrozen(lambda step: longer(step) * (1 + 2 * (step > 150)), more)})
+    assert found is not None
+    assert found.step == 151
+
+
 @pytest.mark.parametrize("late", [{"own": lambda step: 0.045}, {"update": lambda step: 0.027}])
 def test_a_rank_that_keeps_the_others_waiting(late: dict[str, Seconds]) -> None:
     late = {"own": steady, **late}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from pytest_gputrain.endurance.records import StepRecord
-from pytest_gputrain.endurance.updates import left_out, without_effect
+from pytest_gputrain.endurance.updates import left_out, rate_ended, still, without_effect
 
 STEPS = 120
 
@@ -67,3 +68,50 @@ def test_a_step_that_one_rank_left_out() -> None:
     assert left_out({0: skips, 1: skips}) is None
     assert left_out({0: records(always), 1: records(lambda step: False)}) is None
     assert left_out({0: skips}) is None
+
+
+def looked_at(
+    digest: Callable[[int], str], *, rate: float | None = 1e-3, loss: float = 2.0
+) -> list[StepRecord]:
+    """Every element is looked at in every 30th step."""
+    return [
+        replace(one, rate=rate, loss=loss, whole_digest=None if one.step % 30 else digest(one.step))
+        for one in records(always)
+    ]
+
+
+def stops(step: int) -> str:
+    return str(min(step, 60))
+
+
+def test_weights_that_change_no_more_although_optimizers_step() -> None:
+    found = still({0: looked_at(stops), 1: looked_at(stops)})
+    assert found is not None
+    assert (found.kind, found.step, found.rank) == ("updates", 60, None)
+    assert found.message.splitlines()[0] == (
+        "no weight changes any more from step 60 or earlier on, up to step 120, although optimizers step and "
+        "their learning rate is not 0: nothing is learnt; let the optimizer hold the parameters of the model "
+        "that is trained"
+    )
+
+
+def test_weights_that_have_reason_not_to_change() -> None:
+    assert still({0: looked_at(str), 1: looked_at(stops)}) is None
+    assert still({0: looked_at(str)}) is None
+    assert still({0: looked_at(stops, rate=0.0)}) is None  # a schedule that has ended
+    assert still({0: looked_at(stops, rate=1e-9)}) is None
+    assert still({0: looked_at(stops, rate=None)}) is None
+    assert still({0: looked_at(stops, loss=0.0)}) is None  # a hinge that is satisfied
+    assert still({0: looked_at(stops)[:61]}) is None
+    assert still({0: []}) is None
+
+
+def test_a_rate_that_came_to_0_is_worth_a_note() -> None:
+    def ends(at: int) -> list[StepRecord]:
+        return [replace(one, rate=1e-3 if one.step < at else 0.0) for one in records(always)]
+
+    said = "the learning rate is 0 from step 60 on: nothing is learnt from there to step 120"
+    assert rate_ended({0: ends(60), 1: ends(60)}) == said
+    for well in (ends(115), ends(999), ends(0), records(always)):
+        assert rate_ended({0: well}) == ""
+    assert rate_ended({}) == ""
