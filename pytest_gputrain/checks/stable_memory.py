@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pytest_gputrain.checks.stable_containers import Lengths, holder_of
 from pytest_gputrain.endurance.heap import heap_bytes
 from pytest_gputrain.endurance.held import Held
 
@@ -59,6 +60,7 @@ class Census:
         blind = device.type == "cpu" and heap_bytes() is None
         self._every = max(1, limit // _COUNTS) if blind else None
         self._counts: list[_Count] = []
+        self._lengths: list[Lengths] = []
         self._step = self._last = 0
 
     def look(self, step: int, in_use: int) -> dict[str, int]:
@@ -70,6 +72,7 @@ class Census:
         if step == self._next:
             self._next = step * _TIMES
             self._counts = [*self._counts[-1:], count]
+            self._lengths = [*self._lengths[-1:], Lengths(step)]
         return {
             "tensor_bytes": count.num_bytes,
             "tensor_count": count.kinds.total(),
@@ -102,7 +105,12 @@ class Census:
             freed_objects=freed_objects,
             collects=gc.isenabled(),
             holder=self._holder(looked_at),
+            container=self._container(),
         )
+
+    def _container(self) -> str:
+        earlier = [one for one in self._lengths if self._step - one.step >= _LEAST_BETWEEN]
+        return holder_of(earlier[-1].grown(self._step - earlier[-1].step), self._known) if earlier else ""
 
     def _in_use(self) -> int:
         in_use = device_memory(self._device).get("allocated_bytes")

@@ -11,7 +11,7 @@ class Held:
 
     freed_bytes, freed_objects: what Python's collector freed at the end, so that it had only waited for it.
     collects: whether the collector is on. holder: the variable that holds what was added, in words, "" where
-    none is known.
+    none is known. container: of a list, dict, set or deque that grew, whatever it holds.
     """
 
     steps: int
@@ -22,3 +22,4 @@ class Held:
     freed_objects: int = 0
     collects: bool = True
     holder: str = ""
+    container: str = ""

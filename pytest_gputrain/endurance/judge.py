@@ -71,7 +71,7 @@ _CAUSES = ("hooks", "groups")  # of memory that grows as well: told first
 
 def grows(records: Sequence[StepRecord]) -> bool:
     """Whether the memory of one rank may grow without end, so that it is worth asking who holds it."""
-    return any(_growth(records, measure) for measure in (*_MEMORY, _OBJECTS, _HOST))
+    return any(_growth(records, measure) for measure in (*_MEMORY, _OBJECTS, _HOST, *_COUNTED))
 
 
 def growing(by_rank: ByRank, held_by: Mapping[int, Held | None]) -> tuple[list[Finding], list[str]]:
@@ -80,21 +80,22 @@ def growing(by_rank: ByRank, held_by: Mapping[int, Held | None]) -> tuple[list[F
     held_by: by rank, what was added in its last steps and who holds it; ranks that do not say so are missing.
     """
     memory, notes = _memory(by_rank, held_by)
-    counted = [one for measure in _COUNTED if (one := _counted(by_rank, measure))]
+    counted = [one for measure in _COUNTED if (one := _counted(by_rank, measure, held_by))]
     if memory is None and not counted:
         objects, note = _objects(by_rank, held_by)
         notes += note
-        memory = objects or (None if note else _counted(by_rank, _HOST))
+        memory = objects or (None if note else _counted(by_rank, _HOST, held_by))
     # What a file or a thread takes is freed with it.
     is_theirs = memory is not None and memory.kind == _HOST.kind and counted
     found = [*([memory] if memory and not is_theirs else []), *counted]
     return sorted(found, key=lambda one: one.kind not in _CAUSES), notes
 
 
-def _counted(by_rank: ByRank, measure: _Measure) -> Finding | None:
+def _counted(by_rank: ByRank, measure: _Measure, held_by: Mapping[int, Held | None]) -> Finding | None:
     if (worst := _worst(by_rank, measure)) is None:
         return None
-    return _finding(measure.kind, worst, WORDS[measure.kind](worst))
+    into = "" if measure.kind in _CAUSES else _grows_too(held_by.get(worst.rank))
+    return _finding(measure.kind, worst, WORDS[measure.kind](worst) + into)
 
 
 def _memory(by_rank: ByRank, held_by: Mapping[int, Held | None]) -> tuple[Finding | None, list[str]]:
@@ -120,7 +121,11 @@ def _objects(by_rank: ByRank, held_by: Mapping[int, Held | None]) -> tuple[Findi
     held = held_by.get(worst.rank)
     if held is not None and held.freed_objects >= _FREED * worst.growth.total:
         return None, [cycles(f"{held.freed_objects:,} objects", worst, held)]
-    return _finding(_OBJECTS.kind, worst, WORDS[_OBJECTS.kind](worst)), []
+    return _finding(_OBJECTS.kind, worst, WORDS[_OBJECTS.kind](worst) + _grows_too(held)), []
+
+
+def _grows_too(held: Held | None) -> str:
+    return f"\n  grows with it: {held.container}" if held is not None and held.container else ""
 
 
 def _of_memory(worst: Worst, held: Held | None, *, on_device: bool) -> Finding | None:
@@ -128,7 +133,7 @@ def _of_memory(worst: Worst, held: Held | None, *, on_device: bool) -> Finding |
     is_sure = on_device or (grown.total >= _UNEXPLAINED and grown.low >= _UNEXPLAINED_SLOPE)
     if held is None:
         return _finding("memory", worst, tensors(worst)) if is_sure else None
-    holder = f"\n  held by {held.holder}" if held.holder else ""
+    holder = f"\n  held by {held.holder}" if held.holder else _grows_too(held)
     if held.graph_nodes >= max(_FEWEST, held.steps * _EACH_STEP):
         nodes = held.graph_nodes / held.steps
         return _finding("graph", worst, graph(worst, nodes, held.holder) + holder)
@@ -139,7 +144,7 @@ def _of_memory(worst: Worst, held: Held | None, *, on_device: bool) -> Finding |
         return _finding("memory", worst, tensors(worst) + holder + added)
     if on_device:
         return _finding("memory", worst, f"{tensors(worst)}\n  by no tensor that Python sees")
-    return _finding(_HOST.kind, worst, host(worst)) if is_sure else None
+    return _finding(_HOST.kind, worst, host(worst) + _grows_too(held)) if is_sure else None
 
 
 def pace(by_rank: ByRank) -> list[Finding]:

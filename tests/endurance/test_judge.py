@@ -22,6 +22,8 @@ def records(**a_step: float) -> list[StepRecord]:
         "fds": 20,
         "threads": 5,
         "objects": 10**6,
+        "hooks": 4,
+        "groups": 1,
     }
     fields = [
         {name: value + round(a_step.get(name, 0) * step) for name, value in start.items()}
@@ -187,3 +189,20 @@ def test_remarks() -> None:
     )
     short = {0: timed(0.1, 0.1, steps=20)}
     assert remarks(short) == ["20 steps cannot show memory that grows (27 can)"]
+
+
+def test_the_container_that_grows_with_it_is_told() -> None:
+    held = replace(KEPT, tensors=0, tensor_bytes=0, holder="", container="`log` in train.py (list of 9,000)")
+    for field in ("objects", "fds", "threads"):
+        (found,), _ = growing({0: records(**{field: 200})}, {0: held})
+        assert found.message.splitlines()[1:] == ["  grows with it: `log` in train.py (list of 9,000)"]
+    (found,), _ = growing({0: records(hooks=1)}, {0: held})
+    assert found.message.endswith("register them once, or call remove() on what registering returned")
+    (found,), _ = growing({0: records(heap_bytes=40 * KB, rss_bytes=40 * KB)}, {0: held})
+    assert found.message.splitlines()[-1] == "  grows with it: `log` in train.py (list of 9,000)"
+
+
+def test_hooks_and_groups_come_before_the_memory_they_take() -> None:
+    ranks = {0: records(groups=1, heap_bytes=4 * KB)}
+    found, _ = growing(ranks, {0: KEPT})
+    assert [one.kind for one in found] == ["groups", "memory"]
