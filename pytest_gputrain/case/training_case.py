@@ -47,7 +47,9 @@ class TrainingCase:
     set_checkpointing: ``set_checkpointing(model, layers: slice | None)``; default none
     state_dict:        ``state_dict(model) -> dict``; default the unwrapped model's
     batches:           ``batches() -> Iterable``, the real data stream; default repeats ``batch``
-    expected_failures: check id -> reason; strict: a check that passes after all is a failure
+    expected_failures: check id -> reason; strict: a check that passes after all is a failure. Of a long run
+                       one thing may be named, ``stable_training:loss`` (or step_time, straggler, memory),
+                       and all others are still looked for; that need not come
 
     Raises CaseError (a ValueError) with one line when a field cannot be what it has to be.
     """

@@ -13,6 +13,7 @@ from pytest_gputrain.case.signatures import misfit
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.registry import all_check_ids
 from pytest_gputrain.checks.result import CheckOutcome
+from pytest_gputrain.endurance.expected import EXPECTABLE
 
 _WAY_OUT = {
     "model": "model() has to build and return a torch.nn.Module without arguments",
@@ -25,11 +26,12 @@ _seen: dict[tuple[int, str | None], TrainingCase] = {}
 
 def check_names(case: TrainingCase) -> None:
     """Raises CaseError when expected_failures names a check that does not exist."""
-    unknown = [check_id for check_id in case.expected_failures if check_id not in all_check_ids()]
+    legal = [*all_check_ids(), *EXPECTABLE]
+    unknown = [check_id for check_id in case.expected_failures if check_id not in legal]
     if unknown:
         raise CaseError(
             f"case {case.name!r}: expected_failures names {', '.join(unknown)}, which is no check; "
-            f"give some of {', '.join(all_check_ids())}"
+            f"give some of {', '.join(legal)}"
         )
 
 

@@ -20,6 +20,7 @@ from pytest_gputrain.checks.result import CheckFailed, CheckOutcome, Figures
 from pytest_gputrain.checks.stable_keeping import Keeping, kept
 from pytest_gputrain.checks.stable_summary import figures_of
 from pytest_gputrain.endurance.ahead import KIND
+from pytest_gputrain.endurance.expected import Expected
 from pytest_gputrain.endurance.falling import Evidence, judge_falling
 from pytest_gputrain.endurance.findings import Finding
 from pytest_gputrain.endurance.judge import growing, pace, remarks
@@ -65,14 +66,16 @@ def check_stable_training(case: TrainingCase, ctx: CheckContext) -> Figures:
         by_rank = keeping.records()
         losses = mean_losses([_losses_of(records) for records in by_rank])
         figures = figures_of(by_rank, losses, ended)
+        expected = Expected(case.expected_failures)
         problem, note = _judged(ended, losses, saved, options)
+        problem = next(iter(expected.others([problem])), None)
         if problem is None or problem.kind == "loss":
             ranks = dict(enumerate(by_rank))
             moved = any(one.moved for one in ended)
             problem = without_effect(ranks) or (still(ranks) if moved else None) or problem
         elif problem.kind == "divergence":
             problem = _with_what_was_left_out(problem, by_rank)
-        lasting, remarked = _lasting(by_rank, ended)
+        lasting, remarked = _lasting(by_rank, ended, expected)
         if problem and lasting and problem.kind == KIND:  # who holds what will not be enough
             problem = replace(problem, message=f"{problem.message}\n{lasting.message}")
         problem = problem or lasting
@@ -133,14 +136,14 @@ def _came_first(finding: Finding) -> tuple[int, bool]:
 
 
 def _lasting(
-    by_rank: Sequence[Sequence[StepRecord]], ended: Sequence[Ended]
+    by_rank: Sequence[Sequence[StepRecord]], ended: Sequence[Ended], expected: Expected
 ) -> tuple[Finding | None, list[str]]:
-    """What grows or gets slower over a run, all of it in one finding; and notes."""
+    """What grows or gets slower over a run and is not expected, all of it in one finding; and notes."""
     ranks = dict(enumerate(by_rank))
     found = offspring(ranks, {pid: name for one in ended for pid, name in one.workers.items()})
     grown, notes = growing(ranks, {rank: one.held for rank, one in enumerate(ended)})
-    found += [*grown, *pace(ranks)]
-    notes += [*remarks(ranks), *([rated] if (rated := rate_ended(ranks)) else [])]
+    found = expected.others([*found, *grown, *pace(ranks)])
+    notes += [*expected.notes, *remarks(ranks), *([rated] if (rated := rate_ended(ranks)) else [])]
     if not found:
         return None, notes
     return replace(found[0], message="\n".join(one.message for one in found)), notes

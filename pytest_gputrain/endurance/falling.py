@@ -86,7 +86,7 @@ def judge_falling(given: Evidence) -> tuple[Finding | None, str]:
     message = (
         f"the loss {what}: {first:.4g} before training and {last:.4g} after {steps} steps, on the same "
         f"{len(before)} batches{alone}; look at the sign of the loss and the learning rate first, or "
-        "name it in the case's expected_failures where it need not fall\n"
+        "name stable_training:loss in the case's expected_failures where it need not fall\n"
         "  likely: a learning rate that is too high, a loss with the wrong sign, gradients zeroed before the "
         "step, or an optimizer that holds other parameters"
     )

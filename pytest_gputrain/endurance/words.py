@@ -110,7 +110,7 @@ def slower_words(slower: Drift, world_size: int) -> str:
         f"steps take {slower.ratio:.1f} times as long{where} from step {slower.step} on: "
         f"{1000 * slower.late:.1f} ms, {1000 * slower.early:.1f} ms before; look for what a step does for "
         "all steps before it\n  time in which others had the processor, or other ranks were waited for, does "
-        "not count"
+        "not count; where the work grows on purpose, name stable_training:step_time in expected_failures"
     )
 
 

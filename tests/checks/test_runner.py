@@ -11,6 +11,7 @@ import torch
 from pytest_gputrain.case import CaseError, TrainingCase
 from pytest_gputrain.checks import CheckContext, CheckResult, all_check_ids, get_check, registry, run_checks
 from pytest_gputrain.checks.runner import with_expectation
+from pytest_gputrain.endurance.expected import EXPECTABLE
 from tests.planted.broken_gradients import unused_parameter
 from tests.planted.plant import case, draw
 
@@ -169,7 +170,7 @@ def not_a_module() -> Any:
         (
             {"expected_failures": {"ddp_parities": "typo"}},
             "case 'tiny': expected_failures names ddp_parities, which is no check; give some of ",
-            ", ".join(IDS),
+            ", ".join([*IDS, *EXPECTABLE]),
         ),
     ],
 )

@@ -218,3 +218,31 @@ def test_a_line_that_is_damaged_in_the_middle_is_refused(killed: Path) -> None:
     path.write_text("\n".join([*lines[:5], lines[5][:40], *lines[6:], ""]))
     with pytest.raises(StabilityUsageError, match="line 6 of 46 is not a step's record"):
         stable(SUBJECT, killed)
+
+
+class Climbs(Step):
+    """As a loss that need not fall; ``leaks``: a hook more in every step."""
+
+    def __init__(self, leaks: bool) -> None:
+        super().__init__()
+        self.leaks = leaks
+
+    def take(self, model: Any, optimizer: Any, micro_batches: Any) -> Any:
+        if self.leaks:
+            model.module.head.register_forward_hook(lambda *_: None)
+        optimizer.param_groups[0]["maximize"] = True
+        return super().take(model, optimizer, micro_batches)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leaks", [False, True])
+def test_a_loss_that_is_expected_to_rise_is_a_note_and_all_else_is_looked_for(leaks: bool) -> None:
+    subject = case(
+        "climbs", step=Climbs(leaks), expected_failures={"stable_training:loss": "it need not fall"}
+    )
+    (result,) = run_checks(subject, checks=["stable_training"], iterations=240)
+    assert any(
+        note.startswith("expected (it need not fall): the loss rises") for note in result.figures["notes"]
+    )
+    assert result.outcome == ("failed" if leaks else "passed")
+    assert result.message.startswith("hooks on the model grow" if leaks else "expected (it need not fall)")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pytest_gputrain.case import TrainingCase
+from pytest_gputrain.case.defaults import unwrapped
 from tests.planted.broken_stability_runs import LOADS, Step
 from tests.planted.plant import WIDTH, Net, broken, case, loss, rank
 
@@ -230,6 +231,23 @@ class Starts(Step):
 @broken({"stable_training": "has started grow"}, may_fail=MEMORY, iterations=STEPS)
 def processes_that_nobody_ends() -> TrainingCase:
     return case("processes_that_nobody_ends", step=Starts())
+
+
+class Hooks(Step):
+    """Another hook on the head in every step: some hundred bytes, and all of them run."""
+
+    def take(self, model: Any, optimizer: Any, micro_batches: Any) -> Any:
+        unwrapped(model).head.register_forward_hook(lambda *_: None)
+        return super().take(model, optimizer, micro_batches)
+
+
+@broken(
+    {"stable_training": "hooks on the model grow on every rank"},
+    may_fail=(*MEMORY, "compile_no_recompiles"),
+    iterations=STEPS,
+)
+def hook_registered_in_every_step() -> TrainingCase:
+    return case("hook_registered_in_every_step", step=Hooks())
 
 
 class Wide(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pytest_gputrain.case import TrainingCase
-from pytest_gputrain.case.defaults import DefaultStep
+from pytest_gputrain.case.defaults import DefaultStep, unwrapped
 from tests.planted.plant import WIDTH, broken, case, draw, loss, rank
 
 MANY = 64
@@ -145,6 +146,24 @@ class ScalesTooHigh(Step):
 @broken({"stable_training": "no optimizer steps any more on every rank from step 64 on"}, may_fail=SCALED)
 def loss_scale_that_stays_too_high() -> TrainingCase:
     return case("loss_scale_that_stays_too_high", step=ScalesTooHigh())
+
+
+class ChangesOptimizer(Step):
+    """From step 40 on another optimizer, of a copy: the loss has fallen by then and stays."""
+
+    def take(self, model: Any, optimizer: Any, micro_batches: Any) -> Any:
+        if self.steps == 40:
+            self.other = torch.optim.AdamW(copy.deepcopy(unwrapped(model)).parameters(), 1e-3)
+        model.zero_grad()
+        value = loss(model, micro_batches[0])
+        value.backward()
+        (self.other if self.steps >= 40 else optimizer).step()
+        return value.detach()
+
+
+@broken({"stable_training": "no weight changes any more from step 50 or earlier on"}, iterations=160)
+def optimizer_of_a_copy_from_a_step_on() -> TrainingCase:
+    return case("optimizer_of_a_copy_from_a_step_on", step=ChangesOptimizer())
 
 
 def of_what_is_detached(model: Any, batch: Any) -> Tensor:

@@ -115,12 +115,14 @@ NIGHTLY = (
     "data_workers_whose_cache_fills_and_stops",
     # Judged from records in tests/endurance/test_judge.py; told in tests/launch/test_verdict.py.
     "records_of_every_sample",
+    "hook_registered_in_every_step",
     "data_worker_raises",
     # Judged from records in tests/endurance/test_updates.py.
     "batch_skipped_on_one_rank",
     "update_skipped_on_one_rank",
     "loss_scale_that_stays_too_high",
     "loss_of_detached_outputs",
+    "optimizer_of_a_copy_from_a_step_on",
     # Judged from records in tests/endurance/test_pace.py.
     "rank_that_is_waited_for_before_the_forward",
     "rank_that_gets_slower_before_the_forward",
