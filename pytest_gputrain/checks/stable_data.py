@@ -108,6 +108,21 @@ def counted(batch: Any) -> dict[str, Any]:
     }
 
 
+class Shapes:
+    """How many shapes batches have had. A stream may have thousands, of which the first are told apart."""
+
+    _MOST = 10_000
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def count(self, batch: Any) -> int:
+        """With this one."""
+        if len(self._seen) < self._MOST:
+            self._seen.add(hash(tuple(tuple(one.shape) for one in pytree.tensors(batch))))
+        return len(self._seen)
+
+
 def is_masked(batch: Any) -> bool:
     """Whether a leaf of whole numbers is -100 everywhere: targets that cross entropy leaves out."""
     whole = [leaf for leaf in pytree.tensors(batch) if leaf.numel() and not leaf.is_floating_point()]

@@ -17,7 +17,7 @@ from pytest_gputrain.case import TrainingCase
 from pytest_gputrain.case.returned import wrapped_by
 from pytest_gputrain.checks.context import CheckContext
 from pytest_gputrain.checks.peers import Peers
-from pytest_gputrain.checks.stable_data import Feed, counted
+from pytest_gputrain.checks.stable_data import Feed, Shapes, counted
 from pytest_gputrain.checks.stable_end import close, not_finite_buffers
 from pytest_gputrain.checks.stable_outlook import Outlooks
 from pytest_gputrain.checks.stable_probe import Probe
@@ -70,6 +70,7 @@ class _Run:
         self.trained = [p for n, p in self.parameters.items() if p.requires_grad and n not in ignored]
         self.sharded = any(hasattr(parameter, "to_local") for parameter in self.trained)
         self.feed = Feed(case, ctx, self.peers.rank)
+        self.shapes = Shapes()
         self.first_digest = weights(self.trained)[0]
         self.ended = Ended()
         self.recorded: dict[int, str | None] = {}
@@ -187,7 +188,7 @@ class _Run:
     def _take(self, step: int, batch: Any, digest: str, watch: Any, seen: Mapping[str, Any]) -> StepRecord:
         from pytest_gputrain.checks.session import loss_value, seed_for, take_step
 
-        size = counted(batch)
+        size = {**counted(batch), "shapes": self.shapes.count(batch)}
         seed = seed_for(self.ctx, step, self.peers.rank)
         watch.begin()
         began = time.perf_counter()

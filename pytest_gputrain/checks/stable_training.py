@@ -19,7 +19,7 @@ from pytest_gputrain.checks.registry import check
 from pytest_gputrain.checks.result import CheckFailed, CheckOutcome, Figures
 from pytest_gputrain.checks.stable_keeping import Keeping, kept
 from pytest_gputrain.checks.stable_summary import figures_of
-from pytest_gputrain.endurance.ahead import KIND
+from pytest_gputrain.endurance.ahead import KIND, joined
 from pytest_gputrain.endurance.expected import Expected
 from pytest_gputrain.endurance.falling import Evidence, judge_falling
 from pytest_gputrain.endurance.findings import Finding
@@ -113,7 +113,7 @@ def _judged(
     """The first thing that is wrong, or a note."""
     found = [one.finding for one in ended if one.finding is not None and one.finding.kind != "victim"]
     if found:
-        return min(found, key=_came_first), ""
+        return joined({r: one.finding for r, one in enumerate(ended)}) or min(found, key=_came_first), ""
     if saved is not None and (parting := _parting(losses, saved, options.loss_tolerance)):
         return parting, ""
     sides = {name: [loss for one in ended for loss in getattr(one, name)] for name in _SIDES}

@@ -8,10 +8,10 @@ Beyond that the machine would end the run, and nobody would know who holds the m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
-from pytest_gputrain.endurance.findings import Finding
+from pytest_gputrain.endurance.findings import Finding, on
 from pytest_gputrain.endurance.growth import Growth, Point, growth
 from pytest_gputrain.values import format_size
 
@@ -21,6 +21,19 @@ _MOST_POINTS = 400  # then every second one goes
 _LEFT = 0.25
 # Of what was free: less than that, at the run's end, is not worth a question how much there is now.
 _WORTH_ASKING = 0.05
+
+
+def joined(by_rank: Mapping[int, Finding | None]) -> Finding | None:
+    """One finding for all ranks whose memory will not last, where several said so at once: that of the rank
+    where it ends first, told of all of them. None where anything else was found, or one rank alone says it.
+    """
+    here = {rank: one for rank, one in by_rank.items() if one is not None and one.kind == KIND}
+    others = [one for one in by_rank.values() if one is not None and one.kind not in (KIND, "victim")]
+    if len(here) < 2 or others:
+        return None
+    rank = min(here, key=lambda rank: int(here[rank].figures["full_at"]))
+    message = here[rank].message.replace(f"on rank {rank}: ", f"{on([*here], len(by_rank))}: up to ", 1)
+    return replace(here[rank], rank=None, message=message)
 
 
 @dataclass

@@ -30,22 +30,23 @@ class StepRecord:
 
     step: from 1 up. loss: what the step returned, None where that is no number. seconds: of the step alone.
     tokens, samples: in this rank's batch; tokens equals samples where a sample has no length. elements: of
-    all tensors of the batch. updated: parameters that had a gradient when an optimizer stepped, None where
-    none did or it does not say. rate: the highest learning rate of its groups. grad_norm: of all gradients
-    when the optimizer stepped, None where not measured. finite: "loss", "gradients" and "parameters", as far
-    as they were looked at. allocated_bytes, reserved_bytes: torch's allocator, on a GPU only; allocated is
-    what is held after the step. tensor_bytes, tensor_count: storages of live tensors, in the steps in which
-    they were counted. heap_bytes: what malloc has given out. rss_bytes: host memory of the process. hooks: on
-    modules and parameters; groups: of the optimizers' parameters. fds, threads: of the process; objects:
-    blocks that Python's allocator of small objects has given out. num_children: processes that descend from
-    the rank, in the steps in which they were looked at; children: of each of them pid, name, bytes of its own
-    and fds; children_queued: seconds since the look before for which they were ready to run while others ran.
-    digest: of what has to be the same on all ranks after the step. whole_digest: of all elements of all
-    parameters, in the steps in which they are looked at. batch_digest: of the batch. cpu_seconds,
-    queued_seconds: for which the rank's thread ran, and was ready to run while others ran. Without the
-    latter: load_seconds, for the batch; ready_seconds, from the begin of the step until its last gradient was
-    there, before ranks wait for each other; update_seconds, from the optimizer's step to the end.
-    wait_seconds: for other ranks after the step before. wall: Unix time at the end.
+    all tensors of the batch. shapes: that batches have had so far, up to this step. updated: parameters that
+    had a gradient when an optimizer stepped, None where none did or it does not say. rate: the highest
+    learning rate of its groups. grad_norm: of all gradients when the optimizer stepped, None where not
+    measured. finite: "loss", "gradients" and "parameters", as far as they were looked at. allocated_bytes,
+    reserved_bytes: torch's allocator, on a GPU only; allocated is what is held after the step. tensor_bytes,
+    tensor_count: storages of live tensors, in the steps in which they were counted. heap_bytes: what malloc
+    has given out. rss_bytes: host memory of the process. hooks: on modules and parameters; groups: of the
+    optimizers' parameters. fds, threads: of the process; objects: blocks that Python's allocator of small
+    objects has given out. num_children: processes that descend from the rank, in the steps in which they were
+    looked at; children: of each of them pid, name, bytes of its own and fds; children_queued: seconds since
+    the look before for which they were ready to run while others ran. digest: of what has to be the same on
+    all ranks after the step. whole_digest: of all elements of all parameters, in the steps in which they are
+    looked at. batch_digest: of the batch. cpu_seconds, queued_seconds: for which the rank's thread ran, and
+    was ready to run while others ran. Without the latter: load_seconds, for the batch; ready_seconds, from
+    the begin of the step until its last gradient was there, before ranks wait for each other; update_seconds,
+    from the optimizer's step to the end. wait_seconds: for other ranks after the step before. wall: Unix time
+    at the end.
     """
 
     step: int
@@ -54,6 +55,7 @@ class StepRecord:
     tokens: int = 0
     samples: int = 0
     elements: int = 0
+    shapes: int = 0
     updated: int | None = None
     rate: float | None = None
     grad_norm: float | None = None

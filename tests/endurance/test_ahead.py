@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from pytest_gputrain.endurance.ahead import KIND, Outlook
+from pytest_gputrain.endurance.ahead import KIND, Outlook, joined
 from pytest_gputrain.endurance.findings import Finding
 
 MB = 1024**2
@@ -58,3 +58,27 @@ def test_what_fits_goes_on(name: str) -> None:
 
 def test_a_run_that_is_nearly_done_goes_on() -> None:
     assert first_said(lambda step: 2 * MB * step, last=1850) is None
+
+
+def said_by(rank: int, full_at: int) -> Finding:
+    message = f"memory will not last on rank {rank}: 2.0 MiB more a step from step 9 on, and so on"
+    return Finding(KIND, 40, rank, message, {"full_at": full_at})
+
+
+def test_ranks_whose_memory_will_not_last_are_told_together() -> None:
+    victim = Finding("victim", 40, 2, "")
+    found = joined({0: said_by(0, 90), 1: said_by(1, 80), 2: victim})
+    assert found is not None
+    assert (found.rank, found.figures["full_at"]) == (None, 80)
+    assert found.message.startswith(
+        "memory will not last on ranks 0-1: up to 2.0 MiB more a step from step 9"
+    )
+    every = joined({0: said_by(0, 90), 1: said_by(1, 80)})
+    assert every is not None
+    assert every.message.startswith("memory will not last on every rank: up to 2.0 MiB more a step")
+
+
+def test_one_rank_alone_or_something_else_is_told_as_it_is() -> None:
+    assert joined({0: said_by(0, 90), 1: None}) is None
+    assert joined({0: said_by(0, 90), 1: said_by(1, 80), 2: Finding("not_finite", 40, 2, "nan")}) is None
+    assert joined({}) is None
