@@ -153,7 +153,9 @@ def test_a_run_whose_memory_will_not_last_is_ended_early() -> None:
     assert result.outcome == "failed"
     assert result.figures["kind"] == "memory_ahead"
     lines = result.message.splitlines()
-    assert lines[0].startswith("memory will not last on rank ")
+    assert lines[0].startswith(
+        ("memory will not last on every rank: up to ", "memory will not last on rank ")
+    )
     assert "memory grows without end on every rank, by up to " in lines[1]
     assert 270 <= result.figures["steps"] < 500
 
