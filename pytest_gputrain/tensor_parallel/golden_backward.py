@@ -161,8 +161,8 @@ def _other_shape(pair: Pair, order: list[str]) -> str | None:
         return pair.problem
     borders = Borders(pair)
     with borders:
-        problem = _problem_of(pair, batch, order)
-    if problem and borders.rows:
+        problem = _problem_of(pair, borders.targets(batch), order)
+    if problem and borders.asks:
         plainly = _problem_of(pair, batch, order)
         if plainly is None:
             return borders.tell(problem) if borders.replaced() else None

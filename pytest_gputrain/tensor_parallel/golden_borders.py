@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pytest_gputrain.case import pytree
 from pytest_gputrain.tensor_parallel.golden_model import aliases
 from pytest_gputrain.tensor_parallel.golden_pair import Pair
 from pytest_gputrain.tensor_parallel.golden_world import is_dtensor
@@ -25,7 +26,7 @@ class Borders:
     of the reference and of the parallel model alike.
 
     rows: by the embedding's name, those that are asked for, the first ones first where an input has not room
-    for all. Empty where no embedding is cut so.
+    for all. Empty where no embedding is cut so. asks: whether anything is asked for.
     """
 
     def __init__(self, pair: Pair) -> None:
@@ -39,8 +40,32 @@ class Borders:
         self._modules = {
             name: (pair.reference.get_submodule(name), parallel[canonical_name(name)]) for name in self.rows
         }
+        self._scored = next(iter(self.rows.items()), None)
         self._handles: list[Any] = []
         self._seen: tuple[dict[str, Shapes], dict[str, Shapes]] = ({}, {})
+
+    def targets(self, batch: Any) -> Any:
+        """The batch, with such tokens as targets too: logits are cut as an embedding is, and a loss over
+        parts of them has borders of its own. Those that are to be ignored (below zero) stay.
+        """
+        self._scored = self._scored or _of_logits(self.pair, batch)
+        found = _targets(batch)
+        if self._scored is None or not found:
+            return batch
+        rows = torch.tensor(self._scored[1])
+
+        def other(tensor: torch.Tensor) -> torch.Tensor:
+            if not any(tensor is one for one in found):
+                return tensor
+            places = torch.arange(tensor.numel()) % rows.numel()
+            mine = rows[places].view(tensor.shape).to(tensor.device, tensor.dtype)
+            return torch.where(tensor < 0, tensor, mine)
+
+        return pytree.map_tensors(other, batch)
+
+    @property
+    def asks(self) -> bool:
+        return self._scored is not None
 
     def __enter__(self) -> Borders:
         for name, modules in self._modules.items():
@@ -75,9 +100,43 @@ class Borders:
 
     def tell(self, problem: str) -> str:
         """The message, which begins with the tokens that it is about."""
-        name, rows = next(iter(self.rows.items()))
+        assert self._scored is not None
+        name, rows = self._scored
         shown = ", ".join(map(str, rows[:6]))
         return f"for tokens {shown}, at the borders of the ranks' parts of {name}, unlike others: {problem}"
+
+
+def _targets(batch: Any) -> list[torch.Tensor]:
+    """The tensors of tokens that a loss takes as targets: the inputs again, or those moved by one place."""
+    tokens = [one for one in pytree.tensors(batch) if one.dim() == 2 and _is_tokens(one)]
+    if len(tokens) == 1:
+        return tokens
+    return [
+        one
+        for one in tokens
+        if any(_follows(one, other) for other in tokens if other is not one and other.shape == one.shape)
+    ]
+
+
+def _is_tokens(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (torch.int64, torch.int32) and tensor.numel() > 0 and int(tensor.max()) > 1
+
+
+def _follows(target: torch.Tensor, tokens: torch.Tensor) -> bool:
+    """Whether all targets that count are the tokens themselves, or the next ones."""
+    pairs = ((target, tokens), (target[:, :-1], tokens[:, 1:]))
+    return any(bool((one[one >= 0] == other[one >= 0]).all()) for one, other in pairs if one.numel())
+
+
+def _of_logits(pair: Pair, batch: Any) -> tuple[str, list[int]] | None:
+    """The matrix that logits come from, and the rows at the borders of its parts, where it is cut so."""
+    size = (pair.output_shape(batch) or (0,))[-1]
+    for record in pair.weights.records:
+        of_vocabulary = len(record.shape) == 2 and record.shape[0] == size > 0
+        rows = _at(_starts(pair, record.name, size), size) if of_vocabulary else []
+        if rows:
+            return record.name.removesuffix(".weight"), rows
+    return None
 
 
 def _rows(pair: Pair, name: str, module: nn.Embedding) -> list[int]:
@@ -89,8 +148,12 @@ def _rows(pair: Pair, name: str, module: nn.Embedding) -> list[int]:
     if not starts:
         return []
     padded = [start + padding for start in starts] if padding is not None else []
-    rows = [*padded, *starts, *(start - 1 for start in starts), size - 1, 0]
-    return list(dict.fromkeys(row for row in rows if row < size and row != padding))
+    return [row for row in dict.fromkeys([*padded, *_at(starts, size)]) if row < size and row != padding]
+
+
+def _at(starts: list[int], size: int) -> list[int]:
+    """First rows, the ones before them, the last and the first row of all; none where nothing is cut."""
+    return [*starts, *(start - 1 for start in starts), size - 1, 0] if starts else []
 
 
 def _first_name(pair: Pair, name: str) -> str:

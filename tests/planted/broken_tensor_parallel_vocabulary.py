@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pytest_gputrain.case import TrainingCase
+from tests.planted.tp_loops import lossy_cross_entropy
 from tests.planted.tp_megatron import Megatron, VocabEmbedding, all_reduce, by
 from tests.planted.tp_model import LM, Shape, broken_tp, tp_case
 
@@ -64,6 +65,18 @@ class OffByOne(Megatron):
 @broken_tp("tp_backward", "first layer to depart, going forward: embed")
 def first_token_of_a_part_lost() -> TrainingCase:
     return tp_case("first_token_of_a_part_lost", by(OffByOne), vocab=500, fields={"batch": few_tokens})
+
+
+class LocalLogits(Megatron):
+    def gather(self, logits: Tensor, sizes: list[int]) -> Tensor:
+        return logits
+
+
+@broken_tp("tp_forward", "at the borders of the ranks' parts of embed, unlike others: the loss for an input")
+def first_target_of_a_part_lost() -> TrainingCase:
+    """No batch has it."""
+    fields = {"batch": few_tokens, "loss": lossy_cross_entropy}
+    return tp_case("first_target_of_a_part_lost", by(LocalLogits), vocab=500, fields=fields)
 
 
 class TiedEmbeddingSummed(Megatron):

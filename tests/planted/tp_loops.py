@@ -25,12 +25,17 @@ def local_cross_entropy(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return _cross_entropy(model, batch, reduce=False)
 
 
+def lossy_cross_entropy(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The same as the first, but the first token of each part is no rank's."""
+    return _cross_entropy(model, batch, reduce=True, lost=1)
+
+
 def unwrapped(model: Any) -> Any:
     """What DistributedDataParallel holds, where a check has wrapped the model so."""
     return getattr(model, "module", model)
 
 
-def _cross_entropy(model: Any, batch: dict[str, Tensor], *, reduce: bool) -> Tensor:
+def _cross_entropy(model: Any, batch: dict[str, Tensor], *, reduce: bool, lost: int = 0) -> Tensor:
     head = unwrapped(model).head
     if not hasattr(head, "how"):
         return loss(model, batch)
@@ -42,7 +47,7 @@ def _cross_entropy(model: Any, batch: dict[str, Tensor], *, reduce: bool) -> Ten
     mass = shifted.exp().sum(-1)
     if reduce:
         mass = run(Reduce, mass, how.group)
-    elsewhere = (targets < start) | (targets >= start + size)
+    elsewhere = (targets < start + min(lost, start)) | (targets >= start + size)
     own = shifted.gather(-1, (targets - start).masked_fill(elsewhere, 0)[..., None])[..., 0]
     chosen = run(Reduce, own.masked_fill(elsewhere, 0.0), how.group)
     value: Tensor = (mass.log() - chosen).mean()
