@@ -136,6 +136,12 @@ def choose(ladder: Ladder, minimum: int) -> Scene:
     """The scene on a ladder, of which ``minimum`` works. Raises CheckSkipped where none can be made."""
     pair = _growing(ladder, minimum)
     if pair is None:
+        if not ladder.measured:
+            size, error = next(iter(ladder.errors.items()))
+            raise CheckSkipped(
+                f"the case works at batch size {minimum} and raises at {size}, so there is nothing to find: "
+                f"{describe(error)}"
+            )
         top = ladder.largest
         highest = max(ladder.peak(size) or 0 for size in _doubled(minimum) if size <= top)
         note = f"memory does not grow from batch size {minimum} to {top}"
