@@ -38,7 +38,7 @@ def answers(name: str, folder: Path) -> dict[str, list[Any]]:
     }
     program = [sys.executable, "-m", "benchmarks._cache_hit_process"]
     told = run_command(
-        [*program, name, str(folder / "sizes"), str(ANSWERS)], timeout=120, cwd=ROOT, env=environ
+        [*program, name, str(folder / "sizes"), str(ANSWERS)], timeout=240, cwd=ROOT, env=environ
     )
     said: dict[str, list[Any]] = json.loads(told.stdout.splitlines()[-1])
     return said
