@@ -17,6 +17,7 @@ _FROM = 4  # shorter ones are most of all, and hold little
 _EACH_STEP, _FEWEST = 0.04, 8
 _SAMPLE, _PARTS = 8, 200  # of what was added last, and of the parts of each
 _MOST_NAMED = 16
+_USERS = ("pytest_gputrain.case", "pytest_gputrain.reference")
 
 
 class Lengths:
@@ -59,6 +60,12 @@ def _parts(value: Any) -> int:
     return seen
 
 
+def _is_ours(value: Any) -> bool:
+    """What watches the run hangs on the model's parameters; a case and a reference model are the user's."""
+    module = str(getattr(type(value), "__module__", ""))
+    return module.startswith("pytest_gputrain.") and not module.startswith(_USERS)
+
+
 def holder_of(containers: Sequence[Any], known: Mapping[str, Any]) -> str:
     """The variable of the first that has one, in words; "" for none."""
     from pytest_gputrain.memory.references import Walk
@@ -68,6 +75,6 @@ def holder_of(containers: Sequence[Any], known: Mapping[str, Any]) -> str:
     walk = Walk()
     walk.near(known)
     for one in containers:
-        if (holder := walk.holder(one)) is not None:
+        if (holder := walk.holder(one)) is not None and not walk.passes(one, _is_ours):
             return f"{holder} ({type(one).__name__} of {len(one):,})"
     return ""

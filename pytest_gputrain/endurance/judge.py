@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pytest_gputrain.endurance.findings import Finding, only
 from pytest_gputrain.endurance.growth import Growth, Point, growth, has_enough, slope_of
 from pytest_gputrain.endurance.held import Held
 from pytest_gputrain.endurance.pace import drift, straggler
 from pytest_gputrain.endurance.records import StepRecord
+from pytest_gputrain.endurance.shapes import of_new_shapes, with_shapes
 from pytest_gputrain.endurance.words import (
     WORDS,
     Worst,
@@ -30,11 +31,6 @@ _KB, _MB = 1024, 1024**2
 _FREED = 0.5
 # Of the growth in bytes, or a step: what live tensors and graphs have to have grown by to be its cause.
 _EXPLAINS, _EACH_STEP, _FEWEST = 0.25, 0.04, 8
-# Of a rise in malloc's memory: what steps with a new shape have to have made. Torch settles before.
-_BY_SHAPE, _SETTLED = 0.9, 0.1
-_KEPT_BY_SHAPE = (
-    "torch keeps what it makes for each (oneDNN up to 1,024 times); a few fixed lengths take less"
-)
 # Of the worst rank's slope: one that has so much is as good as proof that it is not that rank's affair.
 _TOO = 0.5
 
@@ -85,49 +81,20 @@ def growing(by_rank: ByRank, held_by: Mapping[int, Held | None]) -> tuple[list[F
     held_by: by rank, what was added in its last steps and who holds it; ranks that do not say so are missing.
     """
     memory, notes = _memory(by_rank, held_by)
-    by_shape = next(filter(None, map(_of_new_shapes, by_rank.values())), "")
+    by_shape = next(filter(None, map(of_new_shapes, by_rank.values())), "")
     if by_shape and (memory is None or memory.kind == _HOST.kind):
         memory, notes = None, [*notes, by_shape]
     counted = [one for measure in _COUNTED if (one := _counted(by_rank, measure, held_by))]
     if memory is None and not counted:
         objects, note = _objects(by_rank, held_by)
         notes += note
-        memory = objects or (None if note or by_shape else _counted(by_rank, _HOST, held_by))
+        memory = objects or (None if note or by_shape else _of_host(by_rank, held_by))
     if memory is not None and memory.kind == _HOST.kind:
-        memory = _with_shapes(memory, by_rank)
+        memory = with_shapes(memory, by_rank)
     # What a file or a thread takes is freed with it.
     is_theirs = memory is not None and memory.kind == _HOST.kind and counted
     found = [*([memory] if memory and not is_theirs else []), *counted]
     return sorted(found, key=lambda one: one.kind not in _CAUSES), notes
-
-
-def _of_new_shapes(records: Sequence[StepRecord]) -> str:
-    """A note where malloc's memory grows in those steps alone whose batches have a shape for the first time.
-
-    Then it is no step that keeps something, but torch: oneDNN keeps code for each shape, up to a number.
-    Nothing is said where all shapes are new: that proves nothing.
-    """
-    known = [one for one in records[round(_SETTLED * len(records)) :] if one.heap_bytes is not None]
-    rises = [
-        ((later.heap_bytes or 0) - (earlier.heap_bytes or 0), later.shapes > earlier.shapes)
-        for earlier, later in itertools.pairwise(known)
-    ]
-    total, new = sum(rise for rise, _ in rises), [rise for rise, is_new in rises if is_new]
-    if not _FEWEST <= len(new) <= len(rises) - _FEWEST:
-        return ""
-    if total < _UNEXPLAINED or sum(new) < _BY_SHAPE * total:
-        return ""
-    return (
-        f"host memory grew by {format_size(total)}, all of it in {len(new)} of {len(rises)} steps, whose "
-        f"batches had a shape for the first time: {_KEPT_BY_SHAPE}"
-    )
-
-
-def _with_shapes(memory: Finding, by_rank: ByRank) -> Finding:
-    """Of host memory, what else it may be where nearly every batch had another shape."""
-    if all(records[-1].shapes < _BY_SHAPE * len(records) for records in by_rank.values() if records):
-        return memory
-    return replace(memory, message=f"{memory.message}\n  every batch had another shape: {_KEPT_BY_SHAPE}")
 
 
 def _counted(by_rank: ByRank, measure: _Measure, held_by: Mapping[int, Held | None]) -> Finding | None:
@@ -154,6 +121,18 @@ def _memory(by_rank: ByRank, held_by: Mapping[int, Held | None]) -> tuple[Findin
     return None, notes
 
 
+def _of_host(by_rank: ByRank, held_by: Mapping[int, Held | None]) -> Finding | None:
+    """Of tensors too: malloc's memory may have been measured too seldom to be judged, as in a run that ends
+    before its time.
+    """
+    if (worst := _worst(by_rank, _HOST)) is None:
+        return None
+    held = held_by.get(worst.rank)
+    if held is None or any(one.allocated_bytes is not None for one in by_rank[worst.rank]):
+        return _counted(by_rank, _HOST, held_by)
+    return _of_memory(worst, held, on_device=False)
+
+
 def _objects(by_rank: ByRank, held_by: Mapping[int, Held | None]) -> tuple[Finding | None, list[str]]:
     if (worst := _worst(by_rank, _OBJECTS)) is None:
         return None, []
@@ -172,7 +151,9 @@ def _of_memory(worst: Worst, held: Held | None, *, on_device: bool) -> Finding |
     is_sure = on_device or (grown.total >= _UNEXPLAINED and grown.low >= _UNEXPLAINED_SLOPE)
     if held is None:
         return _finding("memory", worst, tensors(worst)) if is_sure else None
-    holder = f"\n  held by {held.holder}" if held.holder else _grows_too(held)
+    holder = f"\n  held by {held.holder}" if held.holder else ""
+    if not held.holder or held.holder.startswith("no Python variable"):  # as of what is no tensor any more
+        holder += _grows_too(held)
     if held.graph_nodes >= max(_FEWEST, held.steps * _EACH_STEP):
         nodes = held.graph_nodes / held.steps
         return _finding("graph", worst, graph(worst, nodes, held.holder) + holder)

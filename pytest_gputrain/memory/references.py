@@ -11,7 +11,7 @@ import gc
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from inspect import CO_OPTIMIZED
 from pathlib import Path
@@ -84,6 +84,15 @@ class Walk:
     def holder(self, target: object) -> Holder | None:
         """Who holds it; None if nothing that was walked does."""
         return _holder(target, self._came_from) if id(target) in self._came_from else None
+
+    def passes(self, target: object, test: Callable[[Any], bool]) -> bool:
+        """Whether an object on the way to it, itself included, is such a one."""
+        one: Any = target
+        while id(one) in self._came_from:
+            if test(one):
+                return True
+            one = self._came_from[id(one)]
+        return False
 
     def _reach(self, parent: Any, child: Any) -> None:
         if id(child) not in self._came_from:

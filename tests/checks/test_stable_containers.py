@@ -56,3 +56,11 @@ def test_nothing_grew() -> None:
     program = Program([])
     assert not [one for one in Lengths(1).grown(100) if one is program.log]
     assert holder_of([], {"case": program}) == ""
+
+
+def test_what_watches_a_run_is_not_named() -> None:
+    from pytest_gputrain.endurance.heap import HeapMeter
+
+    watcher: Any = HeapMeter(1)
+    watcher.kept = [*range(10)]
+    assert holder_of([watcher.kept], {"case": Program(watcher)}) == ""

@@ -234,3 +234,13 @@ def test_what_torch_keeps_for_each_new_shape_is_a_note() -> None:
     assert found_too.kind == "host_memory"
     (kept,), _ = growing({0: shaped(lambda step: True, lambda step: True)}, {0: KEPT})
     assert kept.kind == "memory"
+
+
+def test_host_memory_that_tensors_take_is_told_with_who_holds_them() -> None:
+    """In a run that ends before malloc's memory was measured often enough."""
+    ranks = {0: [replace(one, heap_bytes=None) for one in records(rss_bytes=1024 * KB)]}
+    (found,), _ = growing(ranks, {0: replace(KEPT, tensor_bytes=100 * 1024 * KB)})
+    assert found.kind == "memory"
+    assert "held by `kept`" in found.message
+    (found,), _ = growing(ranks, {0: None})
+    assert found.kind == "host_memory"
