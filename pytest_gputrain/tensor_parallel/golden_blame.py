@@ -93,7 +93,9 @@ def _most_off(pair: Pair, dtype: torch.dtype) -> float:
 def _bias_again(pair: Pair, name: str, wanted: Any, got: Any) -> str:
     """Whether what is too much is the layer's bias, once more or several times; collective."""
     bias = getattr(pair.reference.get_submodule(module_of(name)), "bias", None)
-    pieces = pair.world.whole(got)
+    pieces = _in_one_piece(pair, wanted, got, None) or {}
+    if not pieces:
+        return ""
     times: dict[int, float | None] = dict.fromkeys(pieces)
     if isinstance(bias, torch.Tensor) and bias.dim() == 1 and wanted.shape[-1] == bias.numel():
         for rank, piece in pieces.items():
@@ -179,7 +181,7 @@ def _in_one_piece(
     value, own = values or (None, None)
     known = _all(pair, dict.fromkeys(pieces, own is not None and value is not None))
     if not known or value is None:
-        return None
+        return _along_the_sequence(pair, wanted, got, pieces) if values is None else None
     joined = assemble(own, tuple(wanted.shape), pair.world, pair.mesh).tensors
     allowed = _most_off(pair, wanted.dtype)
     same = {
@@ -191,6 +193,23 @@ def _in_one_piece(
     pieces = assemble(got, tuple(wanted.shape), pair.world, pair.mesh).tensors
     fits = _all(pair, {rank: piece.shape == wanted.shape for rank, piece in pieces.items()})
     return pieces if fits else None
+
+
+def _along_the_sequence(
+    pair: Pair, wanted: Any, got: Any, pieces: dict[int, torch.Tensor]
+) -> dict[int, torch.Tensor] | None:
+    """Parts of (batch, length, channels), joined along the length: of positions ranks have the order that
+    there is, of channels and heads nothing says in which they have them. Collective.
+    """
+    parts = {
+        rank: wanted.dim() == one.dim() == 3 and one.shape[::2] == wanted.shape[::2]
+        for rank, one in pieces.items()
+    }
+    if not _all(pair, parts):
+        return None
+    joined = assemble(got, tuple(wanted.shape), pair.world, pair.mesh).tensors
+    fits = _all(pair, {rank: piece.shape == wanted.shape for rank, piece in joined.items()})
+    return joined if fits else None
 
 
 def _all(pair: Pair, by_rank: dict[int, bool]) -> bool:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from pytest_gputrain import LaunchError
+from pytest_gputrain import LaunchError, launch
+from tests.planted.tp_megatron import SequenceParallel
+from tests.planted.tp_model import tp_case
 from tests.tensor_parallel import models
-from tests.tensor_parallel.ranks import on_two_ranks
+from tests.tensor_parallel.ranks import body, on_two_ranks
 
 HEALTHY: dict[str, dict[str, Any]] = {
     "float64": {"model": models.in_float64},
@@ -88,3 +90,16 @@ def backwards(model: Any, mesh: Any) -> Any:
 def test_ranks_with_modules_in_another_order_are_refused_in_one_line() -> None:
     with pytest.raises(LaunchError, match="rank 1 has its parameters in another order than rank 0: "):
         on_two_ranks("compare_backward", backwards)
+
+
+def wrong_norm(model: Any, mesh: Any) -> Any:
+    """Between attention and MLP each rank has a part of the sequence; one block's norm is wrong there."""
+    model = SequenceParallel(mesh)(model)
+    model.blocks[1].norm1.register_forward_hook(lambda module, args, output: 1.1 * output)
+    return model
+
+
+def test_a_layer_that_sees_a_part_of_the_sequence_is_named() -> None:
+    case = partial(tp_case, "wrong_norm", wrong_norm)
+    records = launch(body, "compare_forward", case, {}, world_size=2, timeout=120).values
+    assert [record.first_layer for record in records] == ["blocks.1.norm1"] * 2
