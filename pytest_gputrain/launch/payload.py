@@ -97,16 +97,17 @@ def dumps(value: object) -> bytes:
     return buffer.getvalue()
 
 
-_seen: tuple[int, str, list[ModuleType]] = (0, "", [])
+_seen: tuple[int, object, list[ModuleType]] = (0, None, [])
 
 
 def _rewritten_modules() -> list[ModuleType]:
     """Test modules and conftests: what pytest's import hook has loaded, installed plugins aside."""
     global _seen
-    state = (len(sys.modules), next(reversed(sys.modules)))
-    if _seen[:2] != state:  # looking at two thousand modules takes longer than sending a call
+    # The module itself, for another may come under the same name: a session after a session in one process.
+    num, last = len(sys.modules), next(reversed(sys.modules.values()))
+    if _seen[0] != num or _seen[1] is not last:  # looking at two thousand takes longer than sending a call
         found = [module for module in list(sys.modules.values()) if _is_rewritten(module)]
-        _seen = (*state, found)
+        _seen = (num, last, found)
     return _seen[2]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,9 +61,16 @@ def run(pytester: pytest.Pytester) -> Run:
 
 @pytest.fixture(scope="session")
 def torch_is_there() -> None:
-    """Before ``pytester``, which forgets all modules that are imported during its test."""
+    """Before ``pytester``, which forgets all modules that are imported during its test: what sends calls to
+    ranks would be there twice, and no class of the one would be found in the other.
+    """
     import torch._dynamo
     import torch.distributed.run  # noqa: F401
+
+    for room in ("plugin", "launch", "trace"):
+        name = f"pytest_gputrain.{room}"
+        for module in pkgutil.iter_modules(importlib.import_module(name).__path__, f"{name}."):
+            importlib.import_module(module.name)
 
 
 @pytest.fixture

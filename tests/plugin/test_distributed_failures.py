@@ -255,7 +255,7 @@ def debugged(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
     return pytest.RunResult(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), 0)
 
 
-def test_without_the_assertion_plugin(pytester: pytest.Pytester, run: Run) -> None:
+def test_without_the_assertion_plugin(pytester: pytest.Pytester, run_with_torch: Run) -> None:
     pytester.makepyfile(
         """
         import pytest
@@ -264,6 +264,6 @@ def test_without_the_assertion_plugin(pytester: pytest.Pytester, run: Run) -> No
         def test_it(rank): assert rank == 0, "said by hand"
         """
     )
-    result = run("-p", "no:assertion")
+    result = run_with_torch("-p", "no:assertion")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["FAILED after * s: rank 1 raised AssertionError: said by hand*"])
