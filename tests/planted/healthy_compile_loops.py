@@ -28,7 +28,7 @@ def compile_dynamic(model: Any) -> Any:
     return torch.compile(model, dynamic=True)
 
 
-@healthy_but("ddp_data_differs")  # every rank reads the same stream
+@healthy_but("ddp_data_differs", "batch_size_holds")  # every rank reads the same stream, of longer samples
 def lengths_vary_by_choice() -> TrainingCase:
     return tagger("lengths_vary_by_choice", batches=padded_to_longest, compile=compile_dynamic)
 
@@ -37,7 +37,7 @@ def compile_as_it_comes(model: Any) -> Any:
     return torch.compile(model)
 
 
-@healthy_but("ddp_data_differs")  # every rank reads the same stream
+@healthy_but("ddp_data_differs", "batch_size_holds")  # every rank reads the same stream, of longer samples
 def lengths_made_dynamic_by_torch() -> TrainingCase:
     """dynamic=None: one compilation more, the first time that a length is another."""
     return tagger("lengths_made_dynamic_by_torch", batches=padded_to_longest, compile=compile_as_it_comes)

@@ -17,6 +17,9 @@ from tests.planted.broken_stability_growth import Kept, Loads, make_sample, open
 from tests.planted.broken_stability_runs import Step
 from tests.planted.plant import WIDTH, Net, case, draw, healthy_by, loss, rank
 
+# Its own memory is most of what such a small model needs, and comes only after steps that no finder tries.
+BATCH_SIZE = ("batch_size_found", "batch_size_holds")
+
 
 class FillsUp(Step):
     """The last 120 outputs, and every loss as a number: the first stops, the second is 8 bytes a step."""
@@ -33,7 +36,7 @@ class FillsUp(Step):
         return value
 
 
-@healthy_by(None, iterations=300)
+@healthy_by(None, iterations=300, may_fail=BATCH_SIZE)
 def memory_that_fills_up_and_stays() -> TrainingCase:
     return case("memory_that_fills_up_and_stays", step=FillsUp())
 
@@ -57,7 +60,7 @@ class Evaluates(Step):
         return value
 
 
-@healthy_by(None, iterations=300)
+@healthy_by(None, iterations=300, may_fail=BATCH_SIZE)
 def memory_that_comes_and_goes() -> TrainingCase:
     return case("memory_that_comes_and_goes", step=Evaluates())
 

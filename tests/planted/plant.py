@@ -77,12 +77,12 @@ def healthy_but(*checks: str) -> Callable[[Callable[[], TrainingCase]], Callable
 
 
 def healthy_by(
-    meter: Any, *, iterations: int | None = None
+    meter: Any, *, iterations: int | None = None, may_fail: tuple[str, ...] = ()
 ) -> Callable[[Callable[[], TrainingCase]], Callable[[], TrainingCase]]:
     """The same for a program whose meter is healthy."""
 
     def register(case: Callable[[], TrainingCase]) -> Callable[[], TrainingCase]:
-        HEALTHY.append(Plant(case, meter=meter, iterations=iterations))
+        HEALTHY.append(Plant(case, meter=meter, iterations=iterations, may_fail=frozenset(may_fail)))
         return case
 
     return register
