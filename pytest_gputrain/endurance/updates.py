@@ -84,7 +84,8 @@ def still(by_rank: ByRank) -> Finding | None:
     since = {rank: step for rank, those in by_rank.items() if (step := _still_since(those)) is not None}
     if not since or len(since) < len(by_rank):
         return None
-    first, last = max(since.values()), max(those[-1].step for those in by_rank.values())
+    first = max(since.values())
+    last = max(one.step for those in by_rank.values() for one in those if one.whole_digest is not None)
     message = (
         f"no weight changes any more from step {first} or earlier on, up to step {last}, although optimizers "
         "step and their learning rate is not 0: nothing is learnt; let the optimizer hold the parameters of "
@@ -115,8 +116,8 @@ def _still_since(records: Sequence[StepRecord]) -> int | None:
     if len(looks) < 2:
         return None
     same = [*itertools.takewhile(lambda one: one.whole_digest == looks[-1].whole_digest, reversed(looks))]
-    first = same[-1].step
-    after = [one for one in records if one.step > first and one.update_seconds is not None]
+    first, last = same[-1].step, looks[-1].step  # a look after which none came proves nothing
+    after = [one for one in records if first < one.step <= last and one.update_seconds is not None]
     if len(after) < _FEWEST or not all(one.loss is None or one.loss for one in after):
         return None  # a hinge that is satisfied has nothing more to learn
     # A schedule may be shorter than the run, and a rate that is told by no optimizer may be 0.

@@ -98,6 +98,8 @@ def test_weights_that_change_no_more_although_optimizers_step() -> None:
 def test_weights_that_have_reason_not_to_change() -> None:
     assert still({0: looked_at(str), 1: looked_at(stops)}) is None
     assert still({0: looked_at(str)}) is None
+    for num_steps in range(61, 120):  # ended before the next look, as where its time is up
+        assert still({0: looked_at(str)[:num_steps], 1: looked_at(str)[:num_steps]}) is None
     assert still({0: looked_at(stops, rate=0.0)}) is None  # a schedule that has ended
     assert still({0: looked_at(stops, rate=1e-9)}) is None
     assert still({0: looked_at(stops, rate=None)}) is None
