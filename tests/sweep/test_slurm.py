@@ -24,9 +24,10 @@ SBATCH = ROOT / "ci" / "slurm" / "sweep.sbatch"
 def task(folder: Path, index: int, *arguments: object) -> subprocess.Popen[str]:
     """A task of the array; ``gputrain`` is this checkout's."""
     own = folder.parent / "bin" / "gputrain"
-    own.parent.mkdir(exist_ok=True)
-    own.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pytest_gputrain "$@"\n')
-    own.chmod(0o755)
+    if not own.exists():  # else another task may be running it
+        own.parent.mkdir()
+        own.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pytest_gputrain "$@"\n')
+        own.chmod(0o755)
     environ = {
         **os.environ,
         "PATH": f"{own.parent}:{os.environ['PATH']}",
