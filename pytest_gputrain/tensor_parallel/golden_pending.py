@@ -20,6 +20,9 @@ from pytest_gputrain.launch.stacks import Frame, user_frame
 
 Span = tuple[int, int]
 _PACKAGE = str(Path(__file__).parent.parent)
+_TORCH = str(Path(torch.__file__).parent)
+_C10D = str(Path(_TORCH, "distributed", "distributed_c10d.py"))
+_BETWEEN = (_PACKAGE, _TORCH, "<string>")  # the last are our records of calls
 # Of a work: what waits for it, or hands the waiting to somebody else, whom nothing is known of.
 _WAITS = ("wait", "synchronize", "get_future", "block_current_stream", "result")
 
@@ -70,8 +73,11 @@ class Pending:
         return waiting
 
     def started(self, kind: str, layer: str, args: tuple[Any, ...], result: Any) -> None:
-        """An operator of c10d has run: what it writes is not there yet, unless its caller waits at once."""
-        if not self._kept or any(arg is False for arg in args):
+        """An operator of c10d has run: what it writes is not there yet, unless its caller waits at once.
+
+        Who calls it in C++, as DDP's reducer, waits for it there, where nobody sees it.
+        """
+        if not self._kept or any(arg is False for arg in args) or not _is_called_in_python():
             return
         boxed = result[-1] if isinstance(result, tuple) else result
         if not isinstance(boxed, torch.ScriptObject) or not args:
@@ -131,6 +137,16 @@ def _span(tensor: Any) -> Span:
 def _is_view(operator: Any) -> bool:
     aliases = [result.alias_info for result in operator._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _is_called_in_python() -> bool:
+    """Whether the operator that runs is that of one of ``torch.distributed``'s functions."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(_BETWEEN):
+        if frame.f_code.co_filename == _C10D:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _where() -> str:

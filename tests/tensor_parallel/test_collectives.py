@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pytest_gputrain import LaunchError
+from pytest_gputrain import LaunchError, launch
 from tests.tensor_parallel import models
 from tests.tensor_parallel.ranks import on_ranks, on_two_ranks
 
@@ -95,6 +95,29 @@ def test_a_result_that_is_read_before_it_is_waited_for_is_seen_though_every_valu
         "blocks.1.mlp: the all_reduce started at tests/tensor_parallel/test_collectives.py"
     )
     assert problem.endswith(" before it is waited for; call wait() on what async_op=True returns")
+
+
+@pytest.mark.parametrize("as_views", [False, True])
+def test_collectives_for_which_ddp_waits_in_its_own_code_are_not_taken_for_early(as_views: bool) -> None:
+    def early() -> tuple[int, list[str]]:
+        import torch
+        from torch.nn.parallel import DistributedDataParallel
+
+        from pytest_gputrain.tensor_parallel.golden_counting import Counting
+
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=as_views)
+        counting = Counting(model, [])
+        for _ in range(3):
+            with counting.pending, counting:
+                wrapped(torch.randn(4, 8)).sum().backward()
+            counting.pending.left_in(one.grad for one in model.parameters())
+        made = counting.made.values()
+        return sum(one.backward.total() + one.elsewhere for one in made), counting.pending.early
+
+    for num_collectives, told in launch(early, world_size=2).values:
+        assert num_collectives > 0
+        assert told == []
 
 
 def with_entry(name: str, model: Any, mesh: Any) -> Any:
